@@ -1,0 +1,158 @@
+"""Every knob of `fusionrag`: one field = one knob = one CLI flag = one TOML key, the same name everywhere.
+
+Frozen dataclasses, validated when built. Command-line flags and the configuration table in the docs are generated from
+these fields and their `help`; nothing else defines a default.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from fusionrag.errors import ConfigError
+
+MAX_AUTO_ARENA_TOKENS = 65536
+METHODS = ("attention", "fusionrag", "cacheblend", "epic", "random", "full", "reuse")
+
+
+def knob(default: Any, help: str, **metadata: Any) -> Any:
+    """A dataclass field with the help text that the CLI and the docs show."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+def require(condition: bool, name: str, message: str) -> None:
+    """Raises ConfigError naming the field unless `condition`."""
+    if not condition:
+        raise ConfigError(name, message)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which language model runs, where, and with which prompt."""
+
+    model: str = knob("smollm2-reader", "language model: 'smollm2-reader' (packaged), a local directory, or a hub id")
+    device: str = knob("auto", "'cpu', 'cuda', 'cuda:1', or 'auto' (CUDA when there is one)")
+    dtype: str = knob("auto", "'float32', 'bfloat16', 'float16', or 'auto' (float32 on CPU, bfloat16 on CUDA)")
+    max_model_len: int = knob(0, "longest prompt plus answer in tokens; 0 takes the model's own limit")
+
+    def __post_init__(self) -> None:
+        require(self.dtype in ("auto", "float32", "bfloat16", "float16"), "dtype", f"unknown dtype {self.dtype!r}")
+        require(self.max_model_len >= 0, "max_model_len", "must be 0 (the model's own limit) or positive")
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """The words around passages and question. The defaults are the prompt that the packaged reader was trained on."""
+
+    instruction: str = knob(
+        "You answer questions from the given passages. Reply with the answer only, in a few words.",
+        "system message in front of all passages; part of every stored KV, so changing it invalidates them",
+    )
+    passages_header: str = knob("Passages:\n", "text between the instruction and the first passage")
+    chunk_template: str = knob("{title}: {text}\n\n", "how a passage is spelled; uses {title} and {text}")
+    untitled_chunk_template: str = knob("{text}\n\n", "how a passage without a title is spelled; uses {text}")
+    question_template: str = knob(
+        "Question: {question}\nAnswer with a few words only.", "how the question is spelled; uses {question}"
+    )
+
+    def __post_init__(self) -> None:
+        for name, fields in (
+            ("chunk_template", ("{title}", "{text}")),
+            ("untitled_chunk_template", ("{text}",)),
+            ("question_template", ("{question}",)),
+        ):
+            for part in fields:
+                require(part in getattr(self, name), name, f"must contain {part}")
+
+
+@dataclass(frozen=True)
+class ReuseConfig:
+    """How stored KV is turned into an answer. The baselines are values of these fields, not code paths."""
+
+    method: str = knob(
+        "attention", "which tokens to recompute: attention, fusionrag, cacheblend, epic, random, full, reuse"
+    )
+    recompute_ratio: float = knob(0.15, "share of the reused tokens that is recomputed, 0 to 1; 1 is full prefill")
+    probe_layers: str = knob(
+        "late",
+        "layers whose attention scores the tokens (method attention): all, late (upper half), last, or ranges: 8-19,25",
+    )
+    probe_rows: str = knob("tail", "rows whose attention is added up: the whole tail, or only the question's tokens")
+    normalize_layers: bool = knob(True, "scale each probed layer's attention to the same mass before adding up")
+    correction: float = knob(
+        0.0, "weight in [0, 1] of the mean fresh-minus-stored residual added to a chunk's tokens left alone"
+    )
+    first_chunk_raw: bool = knob(True, "take the first chunk's raw KV: behind the prefix it is exact")
+
+    def __post_init__(self) -> None:
+        require(self.probe_rows in ("tail", "question"), "probe_rows", "must be 'tail' or 'question'")
+        require(self.method in METHODS, "method", f"unknown method {self.method!r}; one of {', '.join(METHODS)}")
+        require(0 <= self.recompute_ratio <= 1, "recompute_ratio", f"must lie in [0, 1], got {self.recompute_ratio}")
+        require(0 <= self.correction <= 1, "correction", f"must lie in [0, 1], got {self.correction}")
+
+    @property
+    def effective_ratio(self) -> float:
+        """The ratio that is run: methods `full` and `reuse` are ratios 1 and 0."""
+        return {"full": 1.0, "reuse": 0.0}.get(self.method, self.recompute_ratio)
+
+
+ORDERS = ("similarity_first", "similarity_last")
+
+
+@dataclass(frozen=True)
+class RetrievalConfig:
+    """Which passages stand in the prompt, and in which order."""
+
+    top_k: int = knob(10, "passages retrieved for a question")
+    score_threshold: float = knob(0.0, "least similarity (cosine) of a retrieved passage; 0: no threshold")
+    order: str = knob("similarity_last", "order in the prompt: similarity_last (nearest to the question) or similarity_first")
+
+    def __post_init__(self) -> None:
+        require(1 <= self.top_k <= 200, "top_k", f"must lie in [1, 200], got {self.top_k}")
+        require(0 <= self.score_threshold <= 1, "score_threshold", "must lie in [0, 1]")
+        require(self.order in ORDERS, "order", f"must be one of {', '.join(ORDERS)}")
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """The offline job."""
+
+    num_related: int = knob(5, "related chunks laid in front of each chunk when its fused KV is computed; 0: raw only")
+    near_duplicate: float = knob(0.95, "chunks at least this similar (cosine) are skipped as related chunks")
+
+    def __post_init__(self) -> None:
+        require(0 <= self.num_related <= 64, "num_related", f"must lie in [0, 64], got {self.num_related}")
+        require(0 < self.near_duplicate <= 1, "near_duplicate", f"must lie in (0, 1], got {self.near_duplicate}")
+
+
+@dataclass(frozen=True)
+class StoreConfig:
+    """Where stored KV lives and how much of it stays in memory."""
+
+    kv_codec: str = knob("none", "how KV is written: none (the model's dtype), float16, int8")
+    host_tier_bytes: int = knob(1 << 30, "host memory for the most recently used KV objects, in bytes; 0 turns it off")
+    verify_checksum: bool = knob(True, "verify each object's checksum when it is read from disk")
+
+    def __post_init__(self) -> None:
+        require(self.kv_codec in ("none", "float16", "int8"), "kv_codec", f"unknown codec {self.kv_codec!r}")
+        require(self.host_tier_bytes >= 0, "host_tier_bytes", "must not be negative")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The scheduler's budgets."""
+
+    arena_tokens: int = knob(0, "slots of the KV arena shared by all live requests; 0: four times max_model_len, at most 65536")
+    max_batch_tokens: int = knob(1024, "rows of one forward pass; longer prefills are split over several steps")
+    max_num_requests: int = knob(16, "requests that run at the same time")
+    max_queue: int = knob(256, "requests that may wait; one more is refused")
+
+    def __post_init__(self) -> None:
+        require(self.max_batch_tokens >= 16, "max_batch_tokens", "must be at least 16")
+        require(self.max_num_requests >= 1, "max_num_requests", "must be at least 1")
+        require(self.max_queue >= 0, "max_queue", "must not be negative")
+        require(self.arena_tokens >= 0, "arena_tokens", "must be 0 (automatic) or positive")
+
+    def num_slots(self, max_model_len: int) -> int:
+        """Slots of the arena: as configured, or four full-length requests within reason."""
+        return self.arena_tokens or max(max_model_len, min(4 * max_model_len, MAX_AUTO_ARENA_TOKENS))

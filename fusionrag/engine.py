@@ -1,0 +1,348 @@
+"""The engine: the whole path of a request, from a prompt plan to tokens. Owns the arena; belongs to one thread.
+
+A request's life (each step advances every live request by its share of one forward pass):
+
+    waiting     submitted, no span yet
+    filling     stored KV is stitched in; chunks without one are being computed in place
+    prefilling  tokens are selected; selected rows and the tail are being run
+    decoding    one row a step
+
+Knows nothing of retrieval, HTTP or files.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from fusionrag.config import EngineConfig, ReuseConfig
+from fusionrag.errors import FusionRAGError, PromptTooLong, QueueFull
+from fusionrag.layout import Naming, Stitched, compute_prefix, naming, stitch_
+from fusionrag.model import LanguageModel
+from fusionrag.reprocess.probe import ScoreInputs
+from fusionrag.reprocess.recompute import correction, recompute_positions
+from fusionrag.reprocess.select import choose
+from fusionrag.sampling import Sampler, SamplingParams, TextStream
+from fusionrag.scheduler import Share, pack
+from fusionrag.store.base import KVStore
+from fusionrag.types import (
+    AttentionObserver,
+    ChunkKV,
+    FinishReason,
+    PromptPlan,
+    RequestStats,
+    RowGroup,
+    Span,
+    TokenEvent,
+)
+
+log = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """One prompt to answer. `arrival` is `time.perf_counter()` when the request came in, retrieval included."""
+
+    request_id: str
+    plan: PromptPlan
+    sampling: SamplingParams
+    reuse: ReuseConfig
+    arrival: float = field(default_factory=time.perf_counter)
+    retrieve_ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class EngineLoad:
+    """How busy the engine is."""
+
+    num_running: int
+    num_waiting: int
+    arena_tokens: int
+    arena_used_tokens: int
+
+
+class LiveRequest:
+    """A request that owns a span. Mutable, private to the engine and the scheduler."""
+
+    def __init__(self, request: EngineRequest, span: Span, model: LanguageModel) -> None:
+        self.request, self.span, self.plan = request, span, request.plan
+        self.token_ids = torch.tensor(request.plan.token_ids, device=model.device)  # grows by what is generated
+        self.pending = torch.empty(0, dtype=torch.int64, device=model.device)  # positions still to run, ascending
+        self.observer: AttentionObserver | None = None
+        self.stitched: Stitched | None = None
+        self.is_decoding = False
+        self.num_generated = 0
+        self.prefill_begin = 0.0
+        self.stats = RequestStats(prompt_tokens=request.plan.num_tokens)
+        self.sampler = Sampler(request.sampling, request.plan.token_ids)
+        eos_ids = frozenset() if request.sampling.ignore_eos else model.eos_ids
+        self.text = TextStream(model.tokenizer, request.sampling.stop, eos_ids)
+
+    @property
+    def num_pending(self) -> int:
+        return len(self.pending)
+
+    @property
+    def is_atomic(self) -> bool:
+        return self.observer is not None
+
+    @property
+    def is_filling(self) -> bool:
+        return self.stitched is not None
+
+    def take(self, num_rows: int) -> RowGroup:
+        """The next `num_rows` pending rows; logits are wanted when they are the last before a token."""
+        positions, self.pending = self.pending[:num_rows], self.pending[num_rows:]
+        wants_token = not self.is_filling and not len(self.pending)
+        return RowGroup(self.span, self.token_ids[positions], positions, int(wants_token), self.observer)
+
+    def note(self, **elapsed_ms: float) -> None:
+        self.stats = replace(self.stats, phases=self.stats.phases.plus(**elapsed_ms))
+
+
+class Engine:
+    """Continuous batching over one model, one arena and one store. Not thread-safe: one thread calls it."""
+
+    def __init__(self, model: LanguageModel, store: KVStore, config: EngineConfig, kv_codec: str = "none") -> None:
+        self.model, self.store, self.config = model, store, config
+        self.arena = model.new_arena(config.num_slots(model.max_model_len))
+        self._kv_codec = kv_codec
+        self._prefixes: dict[tuple[int, ...], tuple[Naming, ChunkKV]] = {}
+        self._waiting: deque[EngineRequest] = deque()
+        self._live: list[LiveRequest] = []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._live)
+
+    @property
+    def load(self) -> EngineLoad:
+        slots = self.arena.num_slots
+        return EngineLoad(len(self._live), len(self._waiting), slots, slots - self.arena.num_free)
+
+    def prefix(self, prefix_ids: tuple[int, ...]) -> tuple[Naming, ChunkKV]:
+        """The naming of stored KV behind this prefix, and the prefix's own KV, computed once."""
+        if prefix_ids not in self._prefixes:
+            names = naming(self.model, self._kv_codec, prefix_ids)
+            self._prefixes[prefix_ids] = (names, compute_prefix(self.model, prefix_ids))
+        return self._prefixes[prefix_ids]
+
+    def submit(self, request: EngineRequest) -> None:
+        """Queues a request. Raises PromptTooLong or QueueFull; nothing is kept then."""
+        needed, sampling = request.plan.num_tokens + request.sampling.max_tokens, request.sampling
+        limit = min(self.model.max_model_len, self.arena.num_slots)
+        if needed > limit:
+            raise PromptTooLong(
+                f"the prompt has {request.plan.num_tokens} tokens and max_tokens is {sampling.max_tokens}: together "
+                f"{needed}, but at most {limit} fit; ask for fewer passages or a shorter answer",
+                "max_tokens" if request.plan.num_tokens < limit else "messages",
+            )
+        if len(self._waiting) + len(self._live) >= self.config.max_queue + self.config.max_num_requests:
+            raise QueueFull(f"{len(self._waiting)} requests are waiting already (max_queue); try again later")
+        self._waiting.append(request)
+
+    def cancel(self, request_id: str) -> None:
+        """Forgets a request and frees its slots at once. An unknown id has no effect."""
+        self._waiting = deque(r for r in self._waiting if r.request_id != request_id)
+        for live in [live for live in self._live if live.request.request_id == request_id]:
+            self._release(live)
+
+    def step(self) -> list[TokenEvent]:
+        """One forward pass. Returns an event for every request that got a token, ended or failed."""
+        events = self._admit()
+        shares = pack(self._live, self.config.max_batch_tokens)
+        if not shares:
+            return events
+        groups = [share.request.take(share.num_rows) for share in shares]
+        try:
+            logits = self.model.forward(groups, self.arena)
+        except Exception as error:  # every request of this pass is lost, the engine is not
+            log.exception("forward pass of %d requests failed", len(shares))
+            return events + [self._fail(share.request, error) for share in shares]
+        row = 0
+        for share, group in zip(shares, groups, strict=True):
+            event = self._advance(share, logits[row] if group.num_logits else None)
+            row += group.num_logits
+            if event is not None:
+                events.append(event)
+        return events
+
+    def generate(self, request: EngineRequest) -> list[TokenEvent]:
+        """Runs one request to its end, for commands and tests. Raises what made it fail."""
+        self.submit(request)
+        events: list[TokenEvent] = []
+        while not events or events[-1].finish_reason is None:
+            events += [e for e in self.step() if e.request_id == request.request_id]
+        if events[-1].error is not None:
+            raise events[-1].error
+        return events
+
+    def prefill(self, request: EngineRequest) -> Prefilled:
+        """Runs one request up to its first logits and keeps its span, to look at what the model knows there.
+
+        For evaluation; the caller releases it. Nothing else may be running.
+        """
+        assert not self.has_work
+        self.submit(request)
+        self._waiting.clear()
+        span = self.arena.allocate(request.plan.num_tokens + request.sampling.max_tokens)
+        assert span is not None
+        live = LiveRequest(request, span, self.model)
+        try:
+            self._begin(live)
+            while True:
+                group = live.take(live.num_pending if live.is_atomic else self.config.max_batch_tokens)
+                logits = self.model.forward([group], self.arena)
+                if group.num_logits:
+                    break
+                if live.is_filling and not live.num_pending:
+                    self._select(live)
+        except BaseException:
+            self.arena.free(span)
+            raise
+        self.model.synchronize()
+        live.note(recompute_ms=(time.perf_counter() - live.prefill_begin) * 1e3)
+        stats = replace(live.stats, ttft_ms=(time.perf_counter() - request.arrival) * 1e3)
+        return Prefilled(self, span, request.plan.num_tokens, logits[0], stats)
+
+    def _admit(self) -> list[TokenEvent]:
+        """Gives spans to waiting requests in order of arrival, as long as there are slots."""
+        failed = []
+        while self._waiting and len(self._live) < self.config.max_num_requests:
+            request = self._waiting[0]
+            span = self.arena.allocate(request.plan.num_tokens + request.sampling.max_tokens)
+            if span is None:
+                break
+            self._waiting.popleft()
+            live = LiveRequest(request, span, self.model)
+            waited_ms = (time.perf_counter() - request.arrival) * 1e3
+            live.note(queue_ms=max(0.0, waited_ms - request.retrieve_ms), retrieve_ms=request.retrieve_ms)
+            self._live.append(live)
+            try:
+                self._begin(live)
+            except Exception as error:  # this request is lost, the others are not
+                failed.append(self._fail(live, error))
+        return failed
+
+    def _begin(self, live: LiveRequest) -> None:
+        """Stitches stored KV in, unless everything is computed anyway (ratio 1 never looks at the store)."""
+        plan, reuse = live.plan, live.request.reuse
+        if reuse.effective_ratio >= 1 or not plan.prefix.token_ids:
+            live.pending = torch.arange(plan.num_tokens, device=self.model.device)
+            live.stats = replace(live.stats, computed_tokens=plan.num_tokens)
+            live.prefill_begin = time.perf_counter()
+            return
+        names, prefix = self.prefix(plan.prefix.token_ids)
+        stitched = stitch_(self.model, self.arena, live.span, plan, self.store, names, prefix, reuse)
+        live.note(load_ms=stitched.load_ms, reposition_ms=stitched.reposition_ms)
+        live.stitched, live.pending = stitched, stitched.missing
+        live.prefill_begin = time.perf_counter()
+        if not live.num_pending:
+            self._select(live)
+
+    def _select(self, live: LiveRequest) -> None:
+        """All chunks are in the span: decides which tokens are run again, and queues them and the tail."""
+        stitched, plan, reuse = live.stitched, live.plan, live.request.reuse
+        assert stitched is not None
+        begin = time.perf_counter()
+        live.note(recompute_ms=(begin - live.prefill_begin) * 1e3)  # computing missing chunks in place
+        seed = live.request.sampling.seed or 0
+        inputs = ScoreInputs(
+            self.model, self.arena, live.span, plan, stitched.chunk_of, stitched.candidates, reuse, seed
+        )
+        selection = choose(inputs, stitched.num_reused)
+        selected = selection.positions
+        live.observer = correction(self.model, self.arena, plan, stitched, selected, reuse.correction)
+        live.pending, live.stitched = recompute_positions(plan, selected), None
+        live.note(probe_ms=selection.probe_ms, select_ms=selection.select_ms)
+        live.stats = _with_counts(live.stats, plan, stitched, selected)
+        live.prefill_begin = time.perf_counter()
+
+    def _advance(self, share: Share, logits: torch.Tensor | None) -> TokenEvent | None:
+        """What a request does after its rows have run."""
+        live = share.request
+        assert isinstance(live, LiveRequest)
+        try:
+            if logits is not None:
+                return self._sample(live, logits)
+            if live.is_filling and not live.num_pending:
+                self._select(live)
+        except Exception as error:
+            return self._fail(live, error)
+        return None
+
+    def _sample(self, live: LiveRequest, logits: torch.Tensor) -> TokenEvent:
+        """logits: (V,). Draws the next token and makes it the request's next row, or ends the request."""
+        is_first = live.num_generated == 0
+        begin = time.perf_counter()
+        token_id = live.sampler.next(logits)
+        step = live.text.push(token_id)
+        live.num_generated += 1
+        live.stats = replace(live.stats, completion_tokens=live.num_generated)
+        if is_first:
+            now = time.perf_counter()
+            live.note(recompute_ms=(begin - live.prefill_begin) * 1e3, sample_ms=(now - begin) * 1e3)
+            live.stats = replace(live.stats, ttft_ms=(now - live.request.arrival) * 1e3)
+            live.observer, live.is_decoding = None, True
+        finish: FinishReason | None = step.finished
+        text = step.text
+        if finish is None and live.num_generated >= live.request.sampling.max_tokens:
+            finish, text = "length", text + live.text.flush()
+        if finish is None:
+            last = live.token_ids.new_tensor([token_id])
+            live.pending = live.token_ids.new_tensor([len(live.token_ids)])
+            live.token_ids = torch.cat([live.token_ids, last])
+        else:
+            self._release(live)
+        stats = live.stats if is_first or finish else None
+        return TokenEvent(live.request.request_id, text, token_id, finish, stats)
+
+    def _fail(self, live: LiveRequest, error: Exception) -> TokenEvent:
+        if not isinstance(error, FusionRAGError):
+            log.error("request %s failed", live.request.request_id, exc_info=error)
+        self._release(live)
+        return TokenEvent(live.request.request_id, "", None, "error", live.stats, error)
+
+    def _release(self, live: LiveRequest) -> None:
+        if live in self._live:
+            self._live.remove(live)
+            self.arena.free(live.span)
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """A request that stands before its first token. logits: (V,) fp32 of that token."""
+
+    engine: Engine
+    span: Span
+    num_tokens: int
+    logits: torch.Tensor
+    stats: RequestStats
+
+    def extend(self, token_ids: Sequence[int], first: int = 0) -> torch.Tensor:
+        """Runs `token_ids` as the answer's tokens from number `first` on. Returns (len(token_ids), V) logits.
+
+        Earlier answer tokens must have been run; running a place again replaces what it held.
+        """
+        ids, positions = self.engine.model.rows(token_ids, self.num_tokens + first)
+        return self.engine.model.forward([RowGroup(self.span, ids, positions, len(ids))], self.engine.arena)
+
+    def release(self) -> None:
+        self.engine.arena.free(self.span)
+
+
+def _with_counts(stats: RequestStats, plan: PromptPlan, stitched: Stitched, selected: torch.Tensor) -> RequestStats:
+    """Token counts and receipts, known once the selection is."""
+    per_chunk = torch.bincount(stitched.chunk_of[selected], minlength=len(plan.chunks)).tolist()
+    chunks = tuple(replace(r, num_recomputed=per_chunk[i]) for i, r in enumerate(stitched.receipts))
+    return replace(
+        stats,
+        reused_tokens=plan.prefix.num_tokens + stitched.num_reused - len(selected),
+        recomputed_tokens=len(selected),
+        computed_tokens=plan.tail.num_tokens + len(stitched.missing),
+        chunks=chunks,
+    )

@@ -1,0 +1,189 @@
+"""Loading a decoder and running rows through it.
+
+Knows nothing of chunks, stores or requests. What it guarantees: a model that is loaded is one whose keys can be stored
+before rotation and moved (I3); everything else is refused at load with a message that says which and why.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from fusionrag import attention, default_model
+from fusionrag.arena import KVArena
+from fusionrag.config import ModelConfig
+from fusionrag.errors import ConfigError, ModelNotFound, UnsupportedModel
+from fusionrag.rope import IdentityRotary, Rope, extract_rope
+from fusionrag.types import RowGroup
+
+# Families whose attention was checked: plain causal softmax attention, RoPE by halves, keys rotated last.
+SUPPORTED = ("llama", "mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
+FINGERPRINT_SAMPLES = 4096  # elements read per tensor: a fine-tune changes nearly all, so a sample tells models apart
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The dimensions that the arena and the store need; see the legend in `fusionrag.types`."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+
+    def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.itemsize
+
+
+class LanguageModel:
+    """A transformers decoder whose attention is ours. Not thread-safe: one thread runs `forward`."""
+
+    def __init__(self, hf: Any, tokenizer: Any, name: str, max_model_len: int = 0) -> None:
+        """hf: a `…ForCausalLM` built with `attn_implementation="fusionrag"`. Takes it over: its rotary is replaced."""
+        config = hf.config
+        check_supported(config)
+        limit = int(config.max_position_embeddings)
+        decoder = hf.get_decoder()
+        self.name = name
+        self.tokenizer = tokenizer
+        self.rope: Rope = extract_rope(decoder.rotary_emb, limit)
+        self.max_model_len = min(max_model_len or limit, limit)
+        self.shape = ModelShape(
+            num_layers=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            vocab_size=config.vocab_size,
+        )
+        decoder.rotary_emb = IdentityRotary(self.rope.rotary_dim)
+        self._hf, self._decoder, self._head = hf.eval(), decoder, hf.get_output_embeddings()
+        self.dtype: torch.dtype = self._head.weight.dtype
+        self.device: torch.device = self._head.weight.device
+
+    def new_arena(self, num_slots: int) -> KVArena:
+        s = self.shape
+        return KVArena(s.num_layers, s.num_kv_heads, s.head_dim, num_slots, self.dtype, self.device)
+
+    @torch.inference_mode()
+    def forward(self, groups: Sequence[RowGroup], arena: KVArena) -> torch.Tensor:
+        """Runs all rows of all groups in one pass and writes their K/V at their slots.
+
+        Returns fp32 logits (Σ num_logits, V): for each group in order, of its last `num_logits` rows.
+        """
+        positions = torch.cat([g.positions for g in groups])
+        cos, sin = self.rope.tables(positions)
+        step = attention.ForwardStep(tuple(groups), arena, self.rope, cos, sin)
+        hidden = self._decoder(
+            input_ids=torch.cat([g.token_ids for g in groups])[None],
+            position_ids=positions[None],
+            use_cache=False,
+            forward_step=step,
+        ).last_hidden_state[0]  # (R, hidden)
+        wanted = [hidden[rows][group.num_rows - group.num_logits :] for group, rows in step.slices()]
+        logits: torch.Tensor = self._head(torch.cat(wanted)).float()
+        return logits
+
+    def rows(self, token_ids: Sequence[int], first_position: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """token_ids and positions of a contiguous run, as tensors on the model's device."""
+        ids = torch.tensor(token_ids, dtype=torch.int64, device=self.device)
+        return ids, torch.arange(first_position, first_position + len(ids), device=self.device)
+
+    def synchronize(self) -> None:
+        """Waits until queued device work is done, so that a phase's time is its own."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    @cached_property
+    def eos_ids(self) -> frozenset[int]:
+        """Every token that ends an answer: the tokenizer's and the generation config's."""
+        ids = [self.tokenizer.eos_token_id]
+        configured = getattr(self._hf.generation_config, "eos_token_id", None)
+        ids += configured if isinstance(configured, list) else [configured]
+        return frozenset(i for i in ids if i is not None)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of the configuration, the tokenizer and a sample of every weight.
+
+        Two models with the same fingerprint give the same K/V for the same token ids.
+        """
+        config = {k: v for k, v in self._hf.config.to_dict().items() if k not in _NOT_IN_FINGERPRINT}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        digest.update(tokenizer_fingerprint(self.tokenizer).encode())
+        for name, weight in self._hf.state_dict().items():
+            flat = weight.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // FINGERPRINT_SAMPLES)].float().cpu()
+            digest.update(f"{name}{tuple(weight.shape)}".encode() + sample.numpy().tobytes())
+        return digest.hexdigest()
+
+
+_NOT_IN_FINGERPRINT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Changes whenever the tokenizer could return other ids for some text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    spelled = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(spelled.encode()).hexdigest()
+
+
+def check_supported(config: Any) -> None:
+    """Raises UnsupportedModel naming what cannot be handled and why."""
+    kind = config.model_type
+    if kind not in SUPPORTED:
+        raise UnsupportedModel(f"architecture {kind!r} is not supported; supported are {', '.join(SUPPORTED)}")
+    layer_types = getattr(config, "layer_types", None) or []
+    if kind == "qwen2_moe" and "sliding_attention" in layer_types:
+        raise UnsupportedModel("qwen2_moe with sliding-window layers: the window does not reach the attention function")
+    strange = set(layer_types) - {"full_attention", "sliding_attention"}
+    if strange:
+        raise UnsupportedModel(f"{kind!r} has layers of kind {', '.join(sorted(strange))}; only attention is supported")
+
+
+def load_model(config: ModelConfig) -> LanguageModel:
+    """Loads the configured model. Raises ModelNotFound, UnsupportedModel or ConfigError."""
+    attention.register()
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    path = str(default_model.default_model_dir()) if config.model == default_model.ALIAS else config.model
+    try:
+        hf_config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ModelNotFound(f"model {config.model!r}: {error}") from error
+    check_supported(hf_config)
+    if config.max_model_len > hf_config.max_position_embeddings:
+        raise ConfigError("max_model_len", f"{config.model!r} ends at {hf_config.max_position_embeddings} tokens")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        hf = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention.IMPLEMENTATION)
+    except (OSError, ValueError) as error:
+        raise ModelNotFound(f"model {config.model!r}: {error}") from error
+    name = config.model if config.model == default_model.ALIAS else Path(path).name
+    return LanguageModel(hf.to(device), tokenizer, name, config.max_model_len)
+
+
+def resolve_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError("device", f"unknown device {device!r}") from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device", f"{device!r} asked for, but torch sees no CUDA device")
+    return resolved
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    resolved: torch.dtype = getattr(torch, dtype)
+    return resolved

@@ -1,0 +1,162 @@
+"""Retrieval and prompt building on top of the engine: a question comes in, an engine request and its sources go out.
+
+`Rag.prepare` blocks (it embeds and searches) and may be called from any thread; the engine belongs to one thread.
+Knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from fusionrag.config import RetrievalConfig, ReuseConfig
+from fusionrag.engine import Engine, EngineRequest
+from fusionrag.errors import ConfigError, RequestError
+from fusionrag.prompt import PromptBuilder, Turn
+from fusionrag.sampling import SamplingParams
+from fusionrag.types import PromptChunk
+from index.types import ScoredChunk, chunk_id_of
+
+if TYPE_CHECKING:
+    from index import Catalogue, Retriever
+
+__all__ = ["InlineDocument", "Prepared", "Question", "Rag", "Source", "Turn"]
+
+
+@dataclass(frozen=True)
+class InlineDocument:
+    """A passage that a request brings along instead of naming a collection. It is one chunk, however long."""
+
+    title: str
+    text: str
+    document_id: str = ""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a caller asks. Fields left None take the server's configuration."""
+
+    turns: tuple[Turn, ...] = ()
+    collection: str | None = None
+    documents: tuple[InlineDocument, ...] = ()
+    top_k: int | None = None
+    sampling: SamplingParams = SamplingParams()
+    reuse: ReuseConfig | None = None
+    prompt: str | None = None  # plain text: no template; no retrieval either
+
+
+@dataclass(frozen=True)
+class Source:
+    """One passage of the prompt as the answer cites it. `index` is its place, from 1."""
+
+    index: int
+    chunk_id: str
+    document_id: str
+    title: str
+    source: str
+    text: str
+    score: float | None = None
+    page: int | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request ready for the engine, and what it will be answered from."""
+
+    request: EngineRequest
+    sources: tuple[Source, ...]
+
+
+class Rag:
+    """Answers questions over collections. Everything it needs is passed in; nothing is loaded here."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompts: PromptBuilder,
+        retrieval: RetrievalConfig,
+        reuse: ReuseConfig,
+        catalogue: Catalogue | None = None,
+        retriever: Retriever | None = None,
+    ) -> None:
+        self.engine, self.prompts = engine, prompts
+        self._retrieval, self._reuse = retrieval, reuse
+        self._catalogue, self._retriever = catalogue, retriever
+
+    @property
+    def model_name(self) -> str:
+        return self.engine.model.name
+
+    @property
+    def max_model_len(self) -> int:
+        return self.engine.model.max_model_len
+
+    def collections(self) -> tuple[str, ...]:
+        return tuple(c.name for c in self._catalogue.collections()) if self._catalogue else ()
+
+    def prepare(self, question: Question, request_id: str) -> Prepared:
+        """Retrieves, builds the prompt. Raises CollectionNotFound, RequestError and their kin; see fusionrag.errors."""
+        arrival = time.perf_counter()
+        reuse = question.reuse or self._reuse
+        if question.prompt is not None:
+            plan, sources = self.prompts.plain_plan(question.prompt), ()
+        else:
+            chunks, sources = self._passages(question)
+            plan = self.prompts.plan(chunks, question.turns)
+        retrieve_ms = (time.perf_counter() - arrival) * 1e3
+        request = EngineRequest(request_id, plan, question.sampling, reuse, arrival, retrieve_ms)
+        return Prepared(request, sources)
+
+    def _passages(self, question: Question) -> tuple[Sequence[PromptChunk], tuple[Source, ...]]:
+        if question.documents:
+            return self._inline(question.documents)
+        if question.collection is None:
+            return (), ()
+        if self._catalogue is None or self._retriever is None:
+            raise RequestError("this server has no collections; send the passages as 'documents'", "collection")
+        collection = self._catalogue.collection(question.collection)
+        if collection.encoder_fingerprint != self.prompts.fingerprint:
+            raise ConfigError(
+                "model",
+                f"collection {question.collection!r} was chunked for another tokenizer or passage template; "
+                "serve the model it was ingested with, or ingest it again into a new collection",
+            )
+        asked = question.turns[-1].content if question.turns else ""
+        top_k = question.top_k or self._retrieval.top_k
+        hits = self._retriever.search(question.collection, asked, top_k, self._retrieval.score_threshold or None)
+        if self._retrieval.order == "similarity_last":
+            hits = hits[::-1]
+        related = self._catalogue.related(question.collection, [hit.chunk.chunk_id for hit in hits])
+        chunks = [
+            PromptChunk(hit.chunk.chunk_id, hit.chunk.token_ids, related.get(hit.chunk.chunk_id)) for hit in hits
+        ]
+        return chunks, tuple(_source(i, hit) for i, hit in enumerate(hits, start=1))
+
+    def _inline(self, documents: Sequence[InlineDocument]) -> tuple[Sequence[PromptChunk], tuple[Source, ...]]:
+        chunks, sources = [], []
+        for i, document in enumerate(documents, start=1):
+            token_ids = tuple(self.prompts.encode(document.title, document.text))
+            chunk = PromptChunk(chunk_id_of(token_ids), token_ids)
+            document_id = document.document_id or f"document-{i}"
+            chunks.append(chunk)
+            sources.append(Source(i, chunk.chunk_id, document_id, document.title, document_id, document.text))
+        return chunks, tuple(sources)
+
+
+def _source(index: int, hit: ScoredChunk) -> Source:
+    chunk = hit.chunk
+    return Source(
+        index, chunk.chunk_id, chunk.document_id, chunk.title, hit.source, chunk.text, hit.score, chunk.page
+    )
+
+
+def with_ratio(reuse: ReuseConfig, method: str | None, recompute_ratio: float | None) -> ReuseConfig:
+    """A request's own method and ratio on top of the configured ones. Raises ConfigError naming the field."""
+    changes: dict[str, object] = {}
+    if method is not None:
+        changes["method"] = method
+    if recompute_ratio is not None:
+        changes["recompute_ratio"] = recompute_ratio
+    return replace(reuse, **changes)  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""Online: which of the reused tokens to run again (probe, select), and running them (recompute, with correct)."""

@@ -1,0 +1,198 @@
+"""How important is each reused token for this question? Scores by attention, by KV deviation, by place, at random.
+
+Every scorer has the same signature, `(ScoreInputs) -> (N,) fp32 importance` over the prompt's positions; higher is
+recomputed first, and only candidates are looked at. What a scorer costs is part of the request's time to first token.
+
+Sources: `fusionrag` – arXiv 2601.12904 §3.2 as its code has it; `attention` over all layers – ProphetKV (2602.02579),
+at true positions as InfoFlow KV (2603.05353) argues; `cacheblend` – 2405.16444; `epic` – 2410.15332.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fusionrag.arena import KVArena
+from fusionrag.attention import StopForward
+from fusionrag.config import ReuseConfig
+from fusionrag.model import LanguageModel
+from fusionrag.types import PromptPlan, RowGroup, Span
+
+CACHEBLEND_LAYER = 1  # keys and values of layer 0 do not depend on the context, so layer 1 is the first that can deviate
+
+
+@dataclass(frozen=True)
+class ScoreInputs:
+    """A stitched request. `chunk_of`: (N,) int64, the chunk of each position or -1; `candidates`: (K,) ascending."""
+
+    model: LanguageModel
+    arena: KVArena
+    span: Span
+    plan: PromptPlan
+    chunk_of: torch.Tensor
+    candidates: torch.Tensor
+    config: ReuseConfig
+    seed: int = 0
+
+    @property
+    def probe_rows(self) -> tuple[int, int]:
+        """Rows of the tail [first, last) whose attention is added up."""
+        return self.plan.question if self.config.probe_rows == "question" else (self.plan.tail.start, self.plan.num_tokens)
+
+
+Scorer = Callable[[ScoreInputs], torch.Tensor]
+
+
+def attention_scores(inputs: ScoreInputs) -> torch.Tensor:
+    """Attention that the question's rows pay to each token, at true positions, one softmax over the whole prompt.
+
+    Mean over the configured layers, sum over heads and rows. With all layers this is ProphetKV's rule. With
+    `normalize_layers` each layer's mass on the candidates is scaled to 1 first, so that no layer outvotes the others.
+    """
+    layers = parse_layers(inputs.config.probe_layers, inputs.model.shape.num_layers)
+    probe = _AttentionProbe(inputs, layers)
+    _run_tail(inputs, probe)
+    return probe.importance
+
+
+def fusionrag_scores(inputs: ScoreInputs) -> torch.Tensor:
+    """The published rule as coded: last layer, keys at canonical positions, softmax within each chunk."""
+    probe = _CanonicalProbe(inputs)
+    _run_tail(inputs, probe)
+    return probe.importance
+
+
+def cacheblend_scores(inputs: ScoreInputs) -> torch.Tensor:
+    """Squared deviation of fresh from stored keys and values at layer 1, every chunk token run through layer 0.
+
+    Leaves the arena as it was but for layer 0, whose keys and values are the same in every context.
+    """
+    probe = _DeviationProbe(inputs)
+    stop = inputs.plan.tail.start
+    ids, positions = inputs.model.rows(inputs.plan.token_ids[:stop])
+    _observe(inputs.model, RowGroup(inputs.span, ids, positions, observer=probe), inputs.arena)
+    return probe.importance
+
+
+def epic_scores(inputs: ScoreInputs) -> torch.Tensor:
+    """The first tokens of every chunk, all chunks alike."""
+    importance = torch.zeros(inputs.plan.num_tokens, device=inputs.model.device)
+    for segment in inputs.plan.chunks:
+        importance[segment.start : segment.stop] = -torch.arange(segment.num_tokens, device=importance.device).float()
+    return importance
+
+
+def random_scores(inputs: ScoreInputs) -> torch.Tensor:
+    """Uniform noise from the request's seed: the floor that every rule must beat."""
+    generator = torch.Generator().manual_seed(inputs.seed)
+    return torch.rand(inputs.plan.num_tokens, generator=generator).to(inputs.model.device)
+
+
+def parse_layers(text: str, num_layers: int) -> frozenset[int]:
+    """'all', 'late' (upper half), 'last', or ranges such as '8-19,25'. Raises ValueError on anything else."""
+    named = {"all": range(num_layers), "late": range(num_layers // 2, num_layers), "last": range(num_layers - 1, num_layers)}
+    if text in named:
+        return frozenset(named[text])
+    layers: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not (first.strip().isdigit() and (last or first).strip().isdigit()):
+            raise ValueError(f"layers {text!r}: expected all, late, last or ranges such as 8-19,25")
+        layers |= set(range(int(first), int(last or first) + 1))
+    if not layers or max(layers) >= num_layers:
+        raise ValueError(f"layers {text!r}: the model has layers 0 to {num_layers - 1}")
+    return frozenset(layers)
+
+
+def _run_tail(inputs: ScoreInputs, probe: _Probe) -> None:
+    tail = inputs.plan.tail
+    ids, positions = inputs.model.rows(tail.token_ids, tail.start)
+    _observe(inputs.model, RowGroup(inputs.span, ids, positions, observer=probe), inputs.arena)
+
+
+def _observe(model: LanguageModel, group: RowGroup, arena: KVArena) -> None:
+    """A forward pass for its observer's sake; ends when the observer has seen enough."""
+    try:
+        model.forward([group], arena)
+    except StopForward:
+        pass
+
+
+class _Probe:
+    """Common parts: where the chunks are, and the scores so far."""
+
+    def __init__(self, inputs: ScoreInputs) -> None:
+        self.inputs = inputs
+        self.importance = torch.zeros(inputs.plan.num_tokens, device=inputs.model.device)
+
+    def before_write(self, layer: int, group: RowGroup, keys: torch.Tensor, values: torch.Tensor) -> None:
+        pass
+
+    def after_write(self, layer: int, group: RowGroup, queries: torch.Tensor) -> None:
+        pass
+
+
+class _AttentionProbe(_Probe):
+    def __init__(self, inputs: ScoreInputs, layers: frozenset[int]) -> None:
+        super().__init__(inputs)
+        self.layers = layers
+
+    def after_write(self, layer: int, group: RowGroup, queries: torch.Tensor) -> None:
+        if layer in self.layers:
+            first, last = self.inputs.probe_rows
+            begin = self.inputs.plan.tail.start
+            keys, _ = self.inputs.arena.view(layer, group.span)
+            mass = attention_mass(queries[:, first - begin : last - begin], keys[:, :last], first)
+            if self.inputs.config.normalize_layers:
+                mass = mass / mass[self.inputs.candidates].sum().clamp(min=1e-20)
+            self.importance[:last] += mass / len(self.layers)
+        if layer == max(self.layers):
+            raise StopForward
+
+
+def attention_mass(queries: torch.Tensor, keys: torch.Tensor, first_position: int) -> torch.Tensor:
+    """Σ over heads and rows of softmax(queries·keysᵀ/√D), causal: (N,) fp32.
+
+    queries (H, R, D) at positions `first_position + i`; keys (G, N, D), slot = position. Softmax in fp32.
+    """
+    num_heads, num_rows, head_dim = queries.shape
+    num_kv_heads, num_keys, _ = keys.shape
+    grouped = queries.reshape(num_kv_heads, -1, head_dim)  # (G, H/G * R, D)
+    scores = torch.matmul(grouped, keys.transpose(1, 2)).float() * head_dim**-0.5
+    scores = scores.view(num_heads, num_rows, num_keys)
+    own = torch.arange(first_position, first_position + num_rows, device=keys.device)
+    hidden = torch.arange(num_keys, device=keys.device)[None, :] > own[:, None]
+    return scores.masked_fill_(hidden, float("-inf")).softmax(-1).sum((0, 1))
+
+
+class _CanonicalProbe(_Probe):
+    def after_write(self, layer: int, group: RowGroup, queries: torch.Tensor) -> None:
+        model, plan = self.inputs.model, self.inputs.plan
+        if layer != model.shape.num_layers - 1:
+            return
+        first, last = self.inputs.probe_rows
+        rows = queries[:, first - plan.tail.start : last - plan.tail.start]
+        grouped = rows.reshape(model.shape.num_kv_heads, -1, model.shape.head_dim)
+        keys, _ = self.inputs.arena.view(layer, group.span)
+        canonical_start = plan.prefix.stop
+        for segment in plan.chunks:
+            shift = torch.full((segment.num_tokens,), canonical_start - segment.start, device=keys.device)
+            chunk_keys = model.rope.shift(keys[:, segment.start : segment.stop], shift)
+            scores = torch.matmul(grouped, chunk_keys.transpose(1, 2)).float() * model.shape.head_dim**-0.5
+            self.importance[segment.start : segment.stop] = scores.softmax(-1).sum((0, 1))
+        raise StopForward
+
+
+class _DeviationProbe(_Probe):
+    def before_write(self, layer: int, group: RowGroup, keys: torch.Tensor, values: torch.Tensor) -> None:
+        if layer < CACHEBLEND_LAYER:
+            return
+        rope = self.inputs.model.rope
+        fresh = rope.rotate(keys, *rope.tables(group.positions))  # rotation keeps distances
+        stored_keys, stored_values = self.inputs.arena.view(layer, group.span)
+        n = group.num_rows
+        deviation = (fresh - stored_keys[:, :n]).float().pow(2) + (values - stored_values[:, :n]).float().pow(2)
+        self.importance[:n] = deviation.sum((0, 2))
+        raise StopForward

@@ -1,0 +1,44 @@
+"""Stored chunk KV → slots of a request's span. The only place that moves keys from storage to positions (I3).
+
+Knows nothing of requests or of where the KV came from.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fusionrag.arena import KVArena
+from fusionrag.rope import Rope
+from fusionrag.types import ChunkKV, Span
+
+
+@torch.inference_mode()
+def place_(arena: KVArena, rope: Rope, span: Span, position: int, kv: ChunkKV) -> None:
+    """Writes `kv` at positions `[position, position + T)` of the span: keys rotated once, in fp32; values copied."""
+    positions = torch.arange(position, position + kv.num_tokens, device=arena.keys.device)
+    cos, sin = rope.tables(positions)
+    slots = slice(span.start + position, span.start + position + kv.num_tokens)
+    for layer in range(kv.keys.shape[0]):  # layer by layer: the fp32 intermediates stay in cache
+        keys = kv.keys[layer].to(arena.keys.device, arena.keys.dtype, non_blocking=True)
+        arena.keys[layer, :, slots] = rope.rotate(keys, cos, sin)
+        arena.values[layer, :, slots] = kv.values[layer].to(arena.values.dtype)
+
+
+class CaptureKV:
+    """An observer that keeps the un-rotated keys and the values of a group's rows: how stored KV is made."""
+
+    def __init__(self, first_row: int = 0) -> None:
+        self._first_row = first_row
+        self._keys: list[torch.Tensor] = []
+        self._values: list[torch.Tensor] = []
+
+    def before_write(self, layer: int, group: object, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self._keys.append(keys[:, self._first_row :].clone())
+        self._values.append(values[:, self._first_row :].clone())
+
+    def after_write(self, layer: int, group: object, queries: torch.Tensor) -> None:
+        pass
+
+    def chunk_kv(self) -> ChunkKV:
+        """Everything captured so far, (L, G, T, D) on the model's device."""
+        return ChunkKV(torch.stack(self._keys), torch.stack(self._values))

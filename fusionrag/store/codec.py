@@ -1,0 +1,136 @@
+"""How a chunk's KV becomes tensors on disk and back.
+
+    none     the model's dtype, bit for bit
+    float16  half precision; refused when a value does not fit
+    int8     symmetric; keys one scale per (layer, head, channel), because a few key channels are far larger than the
+             rest; values one scale per (layer, head, token). |error| <= scale / 2 with scale = max |x| / 127
+
+Knows nothing of files. Invariant: `layout` tells names, dtypes and shapes of what `encode` makes from (codec, dtype,
+shape) alone, so that a reader never has to believe a file. The tensor "kv" is (L, 2, G, T, D), [:, 0] the keys and
+[:, 1] the values: one layer is one contiguous run of bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from fusionrag.errors import StoreError
+from fusionrag.types import ChunkKV
+
+CODECS = ("none", "float16", "int8")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_INT8_MAX = 127
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """The sizes (L, G, T, D) of one ChunkKV."""
+
+    num_layers: int
+    num_kv_heads: int
+    num_tokens: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, kv: ChunkKV) -> KVShape:
+        """Raises StoreError unless keys and values are (L, G, T, D), not empty, of one shape and dtype."""
+        keys, values = kv.keys, kv.values
+        if keys.dim() != 4 or keys.numel() == 0 or keys.shape != values.shape or keys.dtype != values.dtype:
+            found = f"{tuple(keys.shape)} {keys.dtype} and {tuple(values.shape)} {values.dtype}"
+            raise StoreError(f"keys and values must both be (L, G, T, D) of one dtype and not empty, got {found}")
+        return cls(*keys.shape)
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """One tensor of an encoded object."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """'float32', 'bfloat16' or 'float16' → the torch dtype. Raises StoreError for any other name."""
+    if name not in DTYPES:
+        raise StoreError(f"dtype: KV of dtype {name!r} cannot be stored; one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def layout(codec: str, dtype: torch.dtype, shape: KVShape) -> tuple[TensorLayout, ...]:
+    """The tensors of an object in the order in which they are written: aligned without padding, "kv" last.
+
+    Raises StoreError for an unknown codec.
+    """
+    num_layers, num_heads, num_tokens, head_dim = shape.num_layers, shape.num_kv_heads, shape.num_tokens, shape.head_dim
+    kv = (num_layers, 2, num_heads, num_tokens, head_dim)
+    if codec == "none":
+        return (TensorLayout("kv", dtype, kv),)
+    if codec == "float16":
+        return (TensorLayout("kv", torch.float16, kv),)
+    if codec == "int8":
+        return (
+            TensorLayout("key_scales", torch.float32, (num_layers, num_heads, 1, head_dim)),
+            TensorLayout("value_scales", torch.float32, (num_layers, num_heads, num_tokens, 1)),
+            TensorLayout("kv", torch.int8, kv),
+        )
+    raise _unknown(codec)
+
+
+def encode(kv: ChunkKV, codec: str) -> dict[str, torch.Tensor]:
+    """Contiguous CPU tensors as `layout` names them, sharing no memory with `kv`, which may live on any device.
+
+    Raises StoreError for an unknown codec, for keys and values that do not match, and for values the codec cannot hold.
+    """
+    KVShape.of(kv)
+    if codec == "none":
+        return {"kv": torch.stack((kv.keys, kv.values), dim=1).cpu()}
+    if codec == "float16":
+        half = torch.stack((kv.keys, kv.values), dim=1).to(torch.float16)
+        if not half.sum(dtype=torch.float32).isfinite():  # one pass; finite halves cannot add up to infinity
+            raise StoreError("kv_codec: float16 cannot hold this KV (a value beyond 65504 or not finite); use none")
+        return {"kv": half.cpu()}
+    if codec == "int8":
+        keys, key_scales = _quantize(kv.keys, dim=2)
+        values, value_scales = _quantize(kv.values, dim=3)
+        return {
+            "key_scales": key_scales.cpu(),
+            "value_scales": value_scales.cpu(),
+            "kv": torch.stack((keys, values), dim=1).cpu(),
+        }
+    raise _unknown(codec)
+
+
+def decode(tensors: Mapping[str, torch.Tensor], codec: str, dtype: torch.dtype) -> ChunkKV:
+    """The inverse of `encode`. Keys and values (L, G, T, D) of `dtype`; each layer of each is contiguous.
+
+    With codec none (and float16 read as float16) they are views of `tensors["kv"]`: nothing is copied.
+    """
+    kv = tensors["kv"]
+    if codec in ("none", "float16"):
+        kv = kv.to(dtype)
+        return ChunkKV(kv[:, 0], kv[:, 1])
+    if codec == "int8":
+        return ChunkKV(
+            kv[:, 0].float().mul_(tensors["key_scales"]).to(dtype),
+            kv[:, 1].float().mul_(tensors["value_scales"]).to(dtype),
+        )
+    raise _unknown(codec)
+
+
+def _unknown(codec: str) -> StoreError:
+    return StoreError(f"kv_codec: unknown codec {codec!r}; one of {', '.join(CODECS)}")
+
+
+def _quantize(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 of x's shape and float32 scales of size 1 along `dim`."""
+    x = x.float()
+    scales = x.abs().amax(dim=dim, keepdim=True) / _INT8_MAX
+    if not scales.isfinite().all():
+        raise StoreError("kv_codec: int8 cannot hold this KV (a value is not finite); the model's output is broken")
+    divisors = torch.where(scales > 0, scales, 1.0)  # a channel of zeros stays zero
+    return (x / divisors).round_().clamp_(-_INT8_MAX, _INT8_MAX).to(torch.int8), scales

@@ -1,0 +1,95 @@
+"""Every knob of `index`: one field = one knob = one CLI flag = one TOML key, the same name everywhere.
+
+Knows nothing about the command line: flags and the configuration table of the docs are generated from these fields and
+their `help`.
+
+Invariant: an object of these classes is valid; a value out of range raises InvalidValue (a ValueError) that names the
+field and the allowed range.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from index.errors import InvalidValue
+
+MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS = 16, 32_768
+MAX_EMBEDDING_BATCH = 4096
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+
+
+def knob(default: Any, help: str) -> Any:
+    """A dataclass field with the help text that the command line and the docs show."""
+    return field(default=default, metadata={"help": help})
+
+
+def require(condition: bool, name: str, message: str) -> None:
+    """Raises InvalidValue naming the field unless `condition`."""
+    if not condition:
+        raise InvalidValue(name, message)
+
+
+@dataclass(frozen=True)
+class ChunkingConfig:
+    """How documents are cut into passages. Sizes are tokens of the language model, passage template included."""
+
+    chunk_tokens: int = knob(512, "longest passage in tokens of the language model, title and template included")
+    chunk_overlap_tokens: int = knob(
+        0, "whole sentences of up to this many tokens are repeated at the start of the next passage"
+    )
+
+    def __post_init__(self) -> None:
+        low, high, half = MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS, self.chunk_tokens // 2
+        require(
+            low <= self.chunk_tokens <= high, "chunk_tokens", f"must lie in [{low}, {high}], got {self.chunk_tokens}"
+        )
+        require(
+            0 <= self.chunk_overlap_tokens <= half,
+            "chunk_overlap_tokens",
+            f"must lie in [0, chunk_tokens / 2 = {half}], got {self.chunk_overlap_tokens}",
+        )
+
+
+@dataclass(frozen=True)
+class EmbeddingConfig:
+    """Which model turns text into vectors, and where it runs."""
+
+    embedding_model: str = knob(
+        "all-MiniLM-L6-v2",
+        "embedding model: 'all-MiniLM-L6-v2' (packaged, no network), a local directory, or a hub id",
+    )
+    embedding_batch_size: int = knob(64, "texts embedded in one forward pass")
+    embedding_device: str = knob("cpu", "'cpu', 'cuda', 'cuda:1', 'mps', or 'auto' (CUDA when there is one)")
+
+    def __post_init__(self) -> None:
+        size = self.embedding_batch_size
+        require(bool(self.embedding_model.strip()), "embedding_model", "must not be empty")
+        require(
+            1 <= size <= MAX_EMBEDDING_BATCH,
+            "embedding_batch_size",
+            f"must lie in [1, {MAX_EMBEDDING_BATCH}], got {size}",
+        )
+        require(
+            _DEVICE.fullmatch(self.embedding_device) is not None,
+            "embedding_device",
+            f"must be 'auto', 'cpu', 'mps', 'cuda' or 'cuda:N', got {self.embedding_device!r}",
+        )
+
+
+@dataclass(frozen=True)
+class VectorIndexConfig:
+    """How nearest vectors are found."""
+
+    faiss_factory: str = knob(
+        "Flat", "FAISS index factory string; 'Flat' is exact, e.g. 'IVF1024,Flat' or 'HNSW32' trade recall for speed"
+    )
+
+    def __post_init__(self) -> None:
+        require(bool(self.faiss_factory.strip()), "faiss_factory", "must not be empty")
+        require(
+            "IDMap" not in self.faiss_factory,
+            "faiss_factory",
+            f"must not name an IDMap (row ids are kept by the index itself), got {self.faiss_factory!r}",
+        )

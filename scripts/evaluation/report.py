@@ -1,0 +1,152 @@
+"""What a person reads of an evaluation: tables for a terminal, paired differences, the figure of quality by ratio.
+
+Knows only records and their rows. matplotlib is imported when a figure is drawn, never before.
+Invariant: a difference is taken over the questions that both configurations answered, and says how many they are.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from scripts.evaluation.errors import PlotError, RecordError
+from scripts.evaluation.metrics import Interval, paired_bootstrap
+from scripts.evaluation.records import Configuration, GroupRow, Record, Row, by_configuration
+
+_KNOBS = ("method", "ratio", "related")
+_PANELS = (("f1", "F1 (percent points)"), ("kl_to_full", "KL to full prefill (nats)"))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Configuration minus baseline over their `n` common questions: F1 in percent points, the others in nats."""
+
+    configuration: Configuration
+    f1: Interval
+    answer_nll: Interval
+    kl_to_full: Interval
+    n: int
+
+
+def paired_differences(records: Iterable[Record], baseline: Configuration) -> list[Difference]:
+    """Every other configuration against `baseline`, with 95 % intervals; those without a common question are left out.
+
+    Raises RecordError if `baseline` was not run.
+    """
+    groups = by_configuration(records)
+    if baseline not in groups:
+        raise RecordError(f"baseline: {_label(baseline)} was not run; run are {'; '.join(map(_label, groups))}")
+    base = {record.example_id: record for record in groups.pop(baseline)}
+    differences = []
+    for configuration, group in groups.items():
+        pairs = [(record, base[record.example_id]) for record in group if record.example_id in base]
+        if pairs:
+            differences.append(_difference(configuration, pairs))
+    return differences
+
+
+def format_rows(rows: Sequence[Row]) -> str:
+    """The rows as an aligned table: F1 and EM in percent points, NLL and KL in nats, top-1 a share in [0, 1]."""
+    header = [*_KNOBS, "F1", "EM", "NLL", "KL", "top-1", "norm.F1", "recomputed", "prompt", "TTFT_ms", "n"]
+    return _table(header, [_row_cells(row) for row in rows])
+
+
+def format_differences(differences: Sequence[Difference], baseline: Configuration) -> str:
+    """The differences as an aligned table under a line that names the baseline."""
+    header = [*_KNOBS, "F1", "NLL", "KL", "n"]
+    cells = [
+        [*_knobs(d.configuration), _interval(d.f1, 1), _interval(d.answer_nll, 3), _interval(d.kl_to_full, 3), str(d.n)]
+        for d in differences
+    ]
+    return f"difference to {_label(baseline)} [95 % interval]\n{_table(header, cells)}"
+
+
+def format_groups(rows: Sequence[GroupRow]) -> str:
+    """F1 in percent points, a line per configuration and a column per group, number of questions in brackets."""
+    groups = sorted({row.group for row in rows})
+    values = {(row.configuration, row.group): f"{row.f1:.1f} ({row.n})" for row in rows}
+    cells = [
+        [*_knobs(configuration), *(values.get((configuration, group), "-") for group in groups)]
+        for configuration in dict.fromkeys(row.configuration for row in rows)
+    ]
+    return _table([*_KNOBS, *groups], cells)
+
+
+def plot_quality(rows: Sequence[Row], path: str | Path) -> None:
+    """Writes a PNG: F1, and KL to full prefill, against the ratio, a line per method and num_related.
+
+    `full` and `reuse` are horizontal lines. Raises PlotError without matplotlib.
+    """
+    try:
+        matplotlib = importlib.import_module("matplotlib.figure")  # not pyplot: no display, no global state
+    except ImportError as error:
+        raise PlotError("plot_quality needs matplotlib; install it, or leave the figure out") from error
+
+    figure = matplotlib.Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots(1, len(_PANELS))
+    series: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        series.setdefault((row.method, row.num_related), []).append(row)
+    for axis, (field, title) in zip(axes, _PANELS, strict=True):
+        for place, ((method, num_related), members) in enumerate(series.items()):
+            label, color = f"{method}, {num_related} related", f"C{place}"
+            if method in ("full", "reuse"):
+                axis.axhline(getattr(members[0], field), label=label, color=color, linestyle="--", linewidth=1)
+            else:
+                points = sorted((100 * row.recompute_ratio, getattr(row, field)) for row in members)
+                axis.plot(*zip(*points, strict=True), label=label, color=color, marker="o", markersize=4)
+        axis.set_xlabel("recomputed share of the reused tokens (%)")
+        axis.set_ylabel(title)
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, format="png", dpi=150)
+
+
+def _difference(configuration: Configuration, pairs: list[tuple[Record, Record]]) -> Difference:
+    def interval(field: str, scale: float) -> Interval:
+        ours, theirs = ([scale * getattr(pair[side], field) for pair in pairs] for side in (0, 1))
+        return paired_bootstrap(ours, theirs)
+
+    return Difference(
+        configuration, interval("f1", 100), interval("answer_nll", 1), interval("kl_to_full", 1), len(pairs)
+    )
+
+
+def _row_cells(row: Row) -> list[str]:
+    return [
+        *_knobs(Configuration(row.method, row.recompute_ratio, row.num_related)),
+        f"{row.f1:.1f}",
+        f"{row.em:.1f}",
+        f"{row.answer_nll:.3f}",
+        f"{row.kl_to_full:.3f}",
+        f"{row.top1_agreement:.2f}",
+        "-" if row.normalized_f1 is None else f"{row.normalized_f1:.2f}",
+        f"{row.recomputed_tokens:.0f}",
+        f"{row.prompt_tokens:.0f}",
+        f"{row.ttft_ms_p50:.1f}",
+        str(row.n),
+    ]
+
+
+def _knobs(configuration: Configuration) -> list[str]:
+    return [configuration.method, f"{configuration.recompute_ratio:g}", str(configuration.num_related)]
+
+
+def _label(configuration: Configuration) -> str:
+    method, ratio, related = _knobs(configuration)
+    return f"{method} (ratio {ratio}, {related} related)"
+
+
+def _interval(interval: Interval, digits: int) -> str:
+    return f"{interval.mean:+.{digits}f} [{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    """Columns as wide as their widest cell: the first to the left, the others, numbers, to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in [header, *rows]]
+    for line, row in zip(lines, [header, *rows], strict=True):
+        line[0] = row[0].ljust(widths[0])
+    return "\n".join("  ".join(line).rstrip() for line in lines)

@@ -1,0 +1,213 @@
+"""Answers the questions of a dataset in every configuration and measures each against full prefill.
+
+One worker holds one model; several workers share the questions (`num_workers`), which is how a small model fills a GPU
+or a many-core CPU. A question's KV is computed for it alone and dropped afterwards, so memory stays bounded whatever the
+corpus. TTFT runs from the plan to the first logits, the selector's own work included; retrieval is not part of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, fields, replace
+from multiprocessing import get_context
+
+import torch
+
+from fusionrag.config import METHODS, EngineConfig, ModelConfig, PromptConfig, ReuseConfig
+from fusionrag.engine import Engine, EngineRequest, Prefilled
+from fusionrag.errors import ConfigError
+from fusionrag.layout import naming
+from fusionrag.model import LanguageModel, load_model
+from fusionrag.preprocess.job import PreprocessJob
+from fusionrag.prompt import PromptBuilder, Turn
+from fusionrag.sampling import SamplingParams
+from fusionrag.store import MemoryStore
+from fusionrag.types import PromptChunk, PromptPlan
+from index.types import chunk_id_of
+from scripts.evaluation.datasets import Example, Passage
+from scripts.evaluation.metrics import exact_match, f1_score, kl_to_full
+from scripts.evaluation.records import Configuration, Record
+
+MAX_ANSWER_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything a worker needs to build its model and engine."""
+
+    model: ModelConfig
+    prompt: PromptConfig
+    engine: EngineConfig
+    reuse: ReuseConfig  # what a method's knobs are changed from
+    num_threads: int = 0  # of torch, per worker; 0 leaves torch's choice
+
+
+@dataclass(frozen=True)
+class Task:
+    """One question with the passages its chunks are fused behind: passage → related passages, nearest first."""
+
+    example: Example
+    related: Mapping[Passage, tuple[Passage, ...]]
+    configurations: tuple[Configuration, ...]
+
+
+def parse_method(text: str, base: ReuseConfig) -> ReuseConfig:
+    """'attention' or 'attention:probe_layers=late+correction=1': a method and knobs of ReuseConfig to change.
+
+    Raises ConfigError naming the method or the knob.
+    """
+    name, _, knobs = text.partition(":")
+    if name == "default":
+        name = base.method
+    if name not in METHODS:
+        raise ConfigError("methods", f"unknown method {name!r}; one of default, {', '.join(METHODS)}")
+    changes: dict[str, object] = {"method": name}
+    kinds = {f.name: type(getattr(base, f.name)) for f in fields(base)}
+    for knob in filter(None, knobs.split("+")):
+        key, _, value = knob.partition("=")
+        if key not in kinds:
+            raise ConfigError("methods", f"{text!r}: unknown knob {key!r}; one of {', '.join(kinds)}")
+        kind = kinds[key]
+        changes[key] = value.lower() in ("1", "true", "yes") if kind is bool else kind(value)
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def configurations(
+    methods: Sequence[str], ratios: Sequence[float], num_related: Sequence[int], base: ReuseConfig
+) -> tuple[Configuration, ...]:
+    """The grid. `full` and `reuse` have one ratio each, and `full` does not depend on the related chunks.
+
+    `full` is always first: everything else is measured against it.
+    """
+    grid = [Configuration("full", 1.0, 0)]
+    for related in num_related:
+        for method in methods:
+            kind = parse_method(method, base).method
+            if kind == "reuse":
+                grid.append(Configuration(method, 0.0, related))
+            elif kind != "full":
+                grid += [Configuration(method, ratio, related) for ratio in ratios]
+    return tuple(dict.fromkeys(grid))
+
+
+def run(setup: Setup, tasks: Sequence[Task], num_workers: int = 1) -> Iterator[list[Record]]:
+    """The records of one question at a time, in order of completion."""
+    if num_workers <= 1:
+        worker = Worker(setup)
+        yield from (worker.answer(task) for task in tasks)
+        return
+    context = get_context("spawn")
+    with ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(setup,)) as pool:
+        for future in as_completed([pool.submit(_answer, task) for task in tasks]):
+            yield future.result()
+
+
+class Worker:
+    """One model and one engine, answering one question after the other."""
+
+    def __init__(self, setup: Setup) -> None:
+        if setup.num_threads:
+            torch.set_num_threads(setup.num_threads)
+        self._setup = setup
+        self._model: LanguageModel = load_model(setup.model)
+        self._prompts = PromptBuilder(self._model.tokenizer, setup.prompt)
+
+    def answer(self, task: Task) -> list[Record]:
+        """One record per configuration, `full` first."""
+        example, store = task.example, MemoryStore()
+        engine = Engine(self._model, store, self._setup.engine)
+        plans: dict[int, PromptPlan] = {}
+        records: list[Record] = []
+        full_logits: torch.Tensor | None = None
+        for configuration in task.configurations:
+            if configuration.num_related not in plans:
+                plans[configuration.num_related] = self._prepare(task, configuration.num_related, store)
+            prefilled = self._prefill(engine, plans[configuration.num_related], configuration)
+            logits = prefilled.logits.cpu()
+            full_logits = logits if full_logits is None else full_logits
+            records.append(self._record(example, configuration, prefilled, full_logits))
+            prefilled.release()
+        return records
+
+    def _prepare(self, task: Task, num_related: int, store: MemoryStore) -> PromptPlan:
+        """Computes the KV of the question's chunks behind `num_related` related ones, and lays out the prompt."""
+        token_ids_of: dict[str, tuple[int, ...]] = {}
+
+        def chunk_id(passage: Passage) -> str:
+            token_ids = tuple(self._prompts.encode(passage.title, passage.text))
+            token_ids_of[chunk_id_of(token_ids)] = token_ids
+            return chunk_id_of(token_ids)
+
+        chunks = []
+        for passage in task.example.passages:
+            name = chunk_id(passage)
+            near = tuple(chunk_id(other) for other in task.related.get(passage, ())[:num_related])
+            chunks.append(PromptChunk(name, token_ids_of[name], near))
+        names = naming(self._model, "none", self._prompts.prefix_ids)
+        job = PreprocessJob(self._model, store, names, token_ids_of, self._setup.engine)
+        for _ in job.run(list(dict.fromkeys(chunks))):
+            pass
+        return self._prompts.plan(chunks, (Turn("user", task.example.question),))
+
+    def _prefill(self, engine: Engine, plan: PromptPlan, configuration: Configuration) -> Prefilled:
+        reuse = replace(
+            parse_method(configuration.method, self._setup.reuse), recompute_ratio=configuration.recompute_ratio
+        )
+        sampling = SamplingParams(max_tokens=MAX_ANSWER_TOKENS * 4, seed=0)
+        return engine.prefill(EngineRequest("evaluate", plan, sampling, reuse, time.perf_counter()))
+
+    def _record(
+        self, example: Example, configuration: Configuration, prefilled: Prefilled, full_logits: torch.Tensor
+    ) -> Record:
+        logits = prefilled.logits.cpu()
+        prediction = self._greedy(prefilled)
+        return Record(
+            example_id=example.example_id,
+            type=example.type,
+            method=configuration.method,
+            recompute_ratio=configuration.recompute_ratio,
+            num_related=configuration.num_related,
+            prediction=prediction,
+            f1=f1_score(prediction, example.answers),
+            em=exact_match(prediction, example.answers),
+            answer_nll=self._answer_nll(prefilled, example.answers[0]),
+            kl_to_full=kl_to_full(full_logits, logits),
+            top1_agreement=float(full_logits.argmax() == logits.argmax()),
+            recomputed_tokens=prefilled.stats.recomputed_tokens
+            if configuration.method != "full"
+            else prefilled.num_tokens,
+            prompt_tokens=prefilled.num_tokens,
+            ttft_ms=prefilled.stats.ttft_ms,
+        )
+
+    def _greedy(self, prefilled: Prefilled) -> str:
+        answer: list[int] = []
+        token = int(prefilled.logits.argmax())
+        while token not in self._model.eos_ids and len(answer) < MAX_ANSWER_TOKENS:
+            answer.append(token)
+            token = int(prefilled.extend([token], len(answer) - 1)[0].argmax())
+        text: str = self._model.tokenizer.decode(answer, skip_special_tokens=True)
+        return text
+
+    def _answer_nll(self, prefilled: Prefilled, answer: str) -> float:
+        """Mean negative log-likelihood, nats per token, of the gold answer and the end of the turn."""
+        token_ids = self._model.tokenizer(answer, add_special_tokens=False)["input_ids"][: MAX_ANSWER_TOKENS * 3]
+        token_ids = [*token_ids, self._model.tokenizer.eos_token_id]
+        logits = torch.cat([prefilled.logits[None], prefilled.extend(token_ids[:-1])])
+        target = torch.tensor(token_ids, device=logits.device)
+        return float(torch.nn.functional.cross_entropy(logits, target))
+
+
+_worker: Worker | None = None  # of a spawned process; a process pool has no other place for what each worker keeps
+
+
+def _start_worker(setup: Setup) -> None:
+    global _worker
+    _worker = Worker(setup)
+
+
+def _answer(task: Task) -> list[Record]:
+    assert _worker is not None
+    return _worker.answer(task)

@@ -1,0 +1,1 @@
+"""HTTP only: an OpenAI-compatible server in front of `fusionrag.rag`. Never touches tensors."""

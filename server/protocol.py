@@ -1,0 +1,234 @@
+"""The requests of the OpenAI API as this server reads them.
+
+Rule: no parameter is silently ignored. What is honoured has its type here (and its range in SamplingParams and
+ReuseConfig); what OpenAI defines but this server lacks is accepted at the value that means "off", because official
+clients send those, and refused at any other; everything else is unknown and refused by name. Knows nothing of HTTP.
+
+Extensions, sent through the official client's `extra_body`: `top_k`, `min_p`, `repetition_penalty` and `ignore_eos`; for
+chats also `collection`, `documents`, `retrieval_top_k`, `recompute_ratio` and `method`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from fusionrag.config import ReuseConfig
+from fusionrag.errors import ConfigError, RequestError
+from fusionrag.rag import InlineDocument, Question, Turn, with_ratio
+from fusionrag.sampling import SamplingParams
+
+MAX_STOPS = 4
+
+
+def only(*allowed: object) -> AfterValidator:
+    """Accepts these values, told apart by type as well (False is not 0): the ones that ask for nothing."""
+
+    def check(value: object) -> object:
+        if value is None or any(value == a and type(value) is type(a) for a in allowed):
+            return value
+        choices = " or ".join([json.dumps(a) for a in allowed] + ["null"])
+        raise ValueError(f"this server does not support it; leave it out (or send {choices})")
+
+    return AfterValidator(check)
+
+
+def _joined_text(content: object) -> object:
+    """The text of a message: a string, or a list of text parts, which are joined by line breaks."""
+    if not isinstance(content, list):
+        return content
+    for i, part in enumerate(content):
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise ValueError(f"part {i} is {kind!r}; only parts {{'type': 'text', 'text': …}} are supported")
+    return "\n".join(part["text"] for part in content)
+
+
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _single(value: object) -> object:
+    """Some clients wrap their one prompt into a list."""
+    if isinstance(value, list):
+        if len(value) != 1 or not isinstance(value[0], str):
+            raise ValueError("send one prompt per request, as text; several prompts or token ids are not supported")
+        return value[0]
+    return value
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Message(_Strict):
+    """One turn. Clients send assistant turns back as they got them, so an assistant's empty fields are accepted."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_joined_text)]
+    name: Annotated[Any, only()] = None
+    refusal: Annotated[Any, only()] = None
+    audio: Annotated[Any, only()] = None
+    function_call: Annotated[Any, only()] = None
+    tool_calls: Annotated[Any, only([])] = None
+    annotations: list[Any] | None = None  # our own citations, coming back: nothing to honour
+
+
+class RequestDocument(_Strict):
+    """A passage that the request brings along."""
+
+    text: str = Field(min_length=1)
+    title: str = ""
+    id: str = ""
+
+
+class StreamOptions(_Strict):
+    include_usage: bool | None = None
+    include_obfuscation: Annotated[Any, only(False)] = None
+
+
+class GenerationRequest(_Strict):
+    """What both completion endpoints take. Sampling is greedy unless asked for: an answer from documents should be
+    the same twice (OpenAI's own default is temperature 1)."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    max_tokens: int | None = None
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]] | None, BeforeValidator(_listed)] = Field(
+        default=None, max_length=MAX_STOPS
+    )
+    seed: int | None = None
+
+    top_k: int | None = Field(default=None, description="sample from the k most likely tokens; 0: from all")
+    min_p: float | None = Field(default=None, description="least probability, relative to the likeliest token")
+    repetition_penalty: float | None = Field(default=None, description="above 1: fewer repetitions")
+    ignore_eos: bool | None = Field(default=None, description="go on to max_tokens; for benchmarks")
+
+    user: str | None = None  # whom the client serves; kept out of prompts and logs
+    n: Annotated[Any, only(1)] = None
+    frequency_penalty: Annotated[Any, only(0, 0.0)] = None
+    presence_penalty: Annotated[Any, only(0, 0.0)] = None
+    logit_bias: Annotated[Any, only({})] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, body: object) -> object:
+        """JSON can spell half a surrogate pair, which is no character and breaks tokenizers and encoders alike."""
+        try:
+            json.dumps(body, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the body holds half a surrogate pair: {ascii(error.object[error.start])}") from error
+        return body
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def sampling(self) -> SamplingParams:
+        """Raises InvalidSampling naming the field."""
+        names = ("temperature", "top_p", "max_tokens", "seed", "top_k", "min_p", "repetition_penalty", "ignore_eos")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return SamplingParams(stop=tuple(self.stop or ()), **given)
+
+    def check_stream_options(self) -> None:
+        """Raises RequestError for options of a stream that was not asked for."""
+        if self.stream_options and not self.stream:
+            raise RequestError("stream_options needs 'stream': true", "stream_options")
+
+
+class ChatCompletionRequest(GenerationRequest):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+
+    collection: str | None = Field(default=None, min_length=1, description="where passages are retrieved from")
+    documents: list[RequestDocument] | None = Field(default=None, min_length=1, description="passages to use instead")
+    retrieval_top_k: int | None = Field(default=None, ge=1, description="passages to retrieve")
+    recompute_ratio: float | None = Field(default=None, description="share of the reused tokens that is recomputed")
+    method: str | None = Field(default=None, description="how the recomputed tokens are chosen")
+
+    metadata: dict[str, str] | None = None  # labels for OpenAI's own store
+    safety_identifier: str | None = None  # like `user`
+    prompt_cache_key: str | None = None  # a routing hint: reuse here needs none
+    parallel_tool_calls: bool | None = None  # without tools both values mean the same
+    store: Annotated[Any, only(False)] = None
+    service_tier: Annotated[Any, only("auto", "default")] = None
+    logprobs: Annotated[Any, only(False)] = None
+    top_logprobs: Annotated[Any, only(0)] = None
+    response_format: Annotated[Any, only({"type": "text"})] = None
+    modalities: Annotated[Any, only(["text"])] = None
+    tools: Annotated[Any, only([])] = None
+    tool_choice: Annotated[Any, only("none", "auto")] = None
+    functions: Annotated[Any, only([])] = None
+    function_call: Annotated[Any, only("none", "auto")] = None
+    reasoning_effort: Annotated[Any, only("none")] = None
+    verbosity: Annotated[Any, only("medium")] = None
+    audio: Annotated[Any, only()] = None
+    moderation: Annotated[Any, only()] = None
+    prediction: Annotated[Any, only()] = None
+    prompt_cache_options: Annotated[Any, only()] = None
+    prompt_cache_retention: Annotated[Any, only()] = None
+    web_search_options: Annotated[Any, only()] = None
+
+    def sampling(self) -> SamplingParams:
+        limits = {limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None}
+        if len(limits) > 1:
+            raise RequestError("max_tokens and max_completion_tokens differ; send one", "max_completion_tokens")
+        sampling = super().sampling()
+        return replace(sampling, max_tokens=limits.pop()) if limits else sampling
+
+    def question(self, default_collection: str, default_reuse: ReuseConfig) -> Question:
+        """Raises RequestError naming the parameter at fault."""
+        self.check_stream_options()
+        if self.messages[-1].role != "user":
+            raise RequestError("the last message must have role 'user'", "messages")
+        if not self.messages[-1].content.strip():
+            raise RequestError("the last message is empty: there is no question to answer", "messages")
+        return Question(
+            turns=tuple(Turn("system" if m.role == "developer" else m.role, m.content) for m in self.messages),
+            collection=self._collection(default_collection),
+            documents=tuple(InlineDocument(d.title, d.text, d.id) for d in self.documents or ()),
+            top_k=self.retrieval_top_k,
+            sampling=self.sampling(),
+            reuse=self._reuse(default_reuse),
+        )
+
+    def _collection(self, default_collection: str) -> str | None:
+        if self.collection and self.documents:
+            raise RequestError("name a collection or send documents, not both", "documents")
+        collection = None if self.documents else self.collection or default_collection or None
+        if self.retrieval_top_k is not None and collection is None:
+            raise RequestError("retrieval_top_k needs a collection to retrieve from", "retrieval_top_k")
+        return collection
+
+    def _reuse(self, default: ReuseConfig) -> ReuseConfig | None:
+        """The server's way of reuse with this request's changes; None when there are none."""
+        if self.method is None and self.recompute_ratio is None:
+            return None
+        try:
+            return with_ratio(default, self.method, self.recompute_ratio)
+        except ConfigError as error:
+            raise RequestError(str(error), error.field) from error
+
+
+class CompletionRequest(GenerationRequest):
+    """POST /v1/completions: a plain prompt, without template and retrieval."""
+
+    prompt: Annotated[str, BeforeValidator(_single)] = Field(min_length=1)
+
+    best_of: Annotated[Any, only(1)] = None
+    echo: Annotated[Any, only(False)] = None
+    logprobs: Annotated[Any, only()] = None
+    suffix: Annotated[Any, only()] = None
+
+    def question(self) -> Question:
+        """Raises RequestError naming the parameter at fault."""
+        self.check_stream_options()
+        return Question(prompt=self.prompt, sampling=self.sampling())
