@@ -15,7 +15,13 @@ class KVArena:
     """keys, values: (L, G, S, D). Zero-initialised, so that a masked slot can never contribute a NaN."""
 
     def __init__(
-        self, num_layers: int, num_kv_heads: int, head_dim: int, num_slots: int, dtype: torch.dtype, device: torch.device
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        num_slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         shape = (num_layers, num_kv_heads, num_slots, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)

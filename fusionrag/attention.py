@@ -46,7 +46,7 @@ class ForwardStep:
             begin += group.num_rows
 
 
-class StopForward(Exception):  # noqa: N818 - control flow, never an error
+class StopForward(Exception):
     """Raised by an observer that has seen enough layers."""
 
 
@@ -63,7 +63,7 @@ def fusionrag_attention(
 ) -> tuple[torch.Tensor, None]:
     """query (1, H, R, D), key and value (1, G, R, D), all unrotated. Returns ((1, R, H, D), None)."""
     assert forward_step is not None and attention_mask is None
-    layer = int(module.layer_idx)
+    layer: int = module.layer_idx  # type: ignore[assignment]
     step, queries, keys, values = forward_step, query[0], key[0], value[0]
     rotated_queries = step.rope.rotate(queries, step.cos, step.sin)
     rotated_keys = step.rope.rotate(keys, step.cos, step.sin)

@@ -105,7 +105,9 @@ class RetrievalConfig:
 
     top_k: int = knob(10, "passages retrieved for a question")
     score_threshold: float = knob(0.0, "least similarity (cosine) of a retrieved passage; 0: no threshold")
-    order: str = knob("similarity_last", "order in the prompt: similarity_last (nearest to the question) or similarity_first")
+    order: str = knob(
+        "similarity_last", "order in the prompt: similarity_last (nearest to the question) or similarity_first"
+    )
 
     def __post_init__(self) -> None:
         require(1 <= self.top_k <= 200, "top_k", f"must lie in [1, 200], got {self.top_k}")
@@ -142,7 +144,9 @@ class StoreConfig:
 class EngineConfig:
     """The scheduler's budgets."""
 
-    arena_tokens: int = knob(0, "slots of the KV arena shared by all live requests; 0: four times max_model_len, at most 65536")
+    arena_tokens: int = knob(
+        0, "slots of the KV arena shared by all live requests; 0: four times max_model_len, at most 65536"
+    )
     max_batch_tokens: int = knob(1024, "rows of one forward pass; longer prefills are split over several steps")
     max_num_requests: int = knob(16, "requests that run at the same time")
     max_queue: int = knob(256, "requests that may wait; one more is refused")

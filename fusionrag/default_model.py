@@ -76,7 +76,7 @@ def _convert(gguf: Path, target: Path) -> None:
     merge_adapter_(weights, load_file(ADAPTER))
     config = quantised.config
     del config.quantization_config  # the weights are plain fp32 from here on
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     model.load_state_dict(weights)
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=target.parent))

@@ -43,6 +43,7 @@ from fusionrag.types import (
 
 log = logging.getLogger(__name__)
 
+
 @dataclass(frozen=True)
 class EngineRequest:
     """One prompt to answer. `arrival` is `time.perf_counter()` when the request came in, retrieval included."""
@@ -157,12 +158,12 @@ class Engine:
         shares = pack(self._live, self.config.max_batch_tokens)
         if not shares:
             return events
-        groups = [share.request.take(share.num_rows) for share in shares]
+        groups = [_live(share).take(share.num_rows) for share in shares]
         try:
             logits = self.model.forward(groups, self.arena)
         except Exception as error:  # every request of this pass is lost, the engine is not
             log.exception("forward pass of %d requests failed", len(shares))
-            return events + [self._fail(share.request, error) for share in shares]
+            return events + [self._fail(_live(share), error) for share in shares]
         row = 0
         for share, group in zip(shares, groups, strict=True):
             event = self._advance(share, logits[row] if group.num_logits else None)
@@ -264,8 +265,7 @@ class Engine:
 
     def _advance(self, share: Share, logits: torch.Tensor | None) -> TokenEvent | None:
         """What a request does after its rows have run."""
-        live = share.request
-        assert isinstance(live, LiveRequest)
+        live = _live(share)
         try:
             if logits is not None:
                 return self._sample(live, logits)
@@ -333,6 +333,11 @@ class Prefilled:
 
     def release(self) -> None:
         self.engine.arena.free(self.span)
+
+
+def _live(share: Share) -> LiveRequest:
+    assert isinstance(share.request, LiveRequest)
+    return share.request
 
 
 def _with_counts(stats: RequestStats, plan: PromptPlan, stitched: Stitched, selected: torch.Tensor) -> RequestStats:

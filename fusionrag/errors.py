@@ -1,16 +1,16 @@
 """The exceptions of `fusionrag`. One tree, rooted in `index.errors.FusionRAGError`:
 
-    FusionRAGError
-    ├── (index: documents, collections, data directory – see index/errors.py)
-    ├── ConfigError            a knob has a value it cannot have; names the field
-    ├── ModelError
-    │   ├── ModelNotFound      no such directory, package or alias
-    │   └── UnsupportedModel   architecture, RoPE kind or attention variant that cannot be reused safely
-    ├── RequestError           this request cannot be served; others are unaffected
-    │   ├── PromptTooLong      prompt (plus max_tokens) exceeds the context or the arena
-    │   ├── InvalidSampling    a sampling parameter is out of range
-    │   └── QueueFull          too many requests are waiting; try again later
-    └── StoreError             the store cannot be written (a bad *object* is never an error: it is recomputed)
+FusionRAGError
+├── (index: documents, collections, data directory – see index/errors.py)
+├── ConfigError            a knob has a value it cannot have; names the field
+├── ModelError
+│   ├── ModelNotFound      no such directory, package or alias
+│   └── UnsupportedModel   architecture, RoPE kind or attention variant that cannot be reused safely
+├── RequestError           this request cannot be served; others are unaffected
+│   ├── PromptTooLong      prompt (plus max_tokens) exceeds the context or the arena
+│   ├── InvalidSampling    a sampling parameter is out of range
+│   └── QueueFull          too many requests are waiting; try again later
+└── StoreError             the store cannot be written (a bad *object* is never an error: it is recomputed)
 """
 
 from __future__ import annotations

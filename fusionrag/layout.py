@@ -16,7 +16,7 @@ from fusionrag.arena import KVArena
 from fusionrag.config import ReuseConfig
 from fusionrag.model import LanguageModel
 from fusionrag.stitch import CaptureKV, place_
-from fusionrag.store.base import KVStore
+from fusionrag.store.base import KVStore, StoredHit
 from fusionrag.types import (
     ChunkKV,
     ChunkReceipt,
@@ -40,12 +40,10 @@ class Naming:
     prefix_ids: tuple[int, ...]
 
     def spec(self, token_ids: Sequence[int], kind: KVKind, related: tuple[str, ...] = ()) -> KVSpec:
-        return KVSpec(
-            self.model_fingerprint, self.dtype, self.codec, self.prefix_ids, tuple(token_ids), kind, related
-        )
+        return KVSpec(self.model_fingerprint, self.dtype, self.codec, self.prefix_ids, tuple(token_ids), kind, related)
 
     def candidates(self, chunk: PromptChunk, is_first: bool, first_chunk_raw: bool) -> tuple[KVSpec, ...]:
-        """The objects that may stand for a chunk, best first. Behind the prefix raw is exact; elsewhere fused is nearer."""
+        """The objects that may stand for a chunk, best first: raw is exact behind the prefix, fused nearer elsewhere."""
         raw = self.spec(chunk.token_ids, "raw")
         if not chunk.related or (is_first and first_chunk_raw):
             return (raw,)
@@ -107,7 +105,8 @@ def stitch_(
         chunk_of[segment.start : segment.stop] = i
         positions = torch.arange(segment.start, segment.stop, device=device)
         begin = time.perf_counter()
-        hit, kind = None, "raw"
+        hit: StoredHit | None = None
+        kind: KVKind = "raw"
         for spec in names.candidates(segment.chunk, i == 0, config.first_chunk_raw):
             hit, kind = store.get(spec), spec.kind
             if hit is not None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fusionrag import attention, default_model
@@ -148,26 +149,39 @@ def check_supported(config: Any) -> None:
         raise UnsupportedModel(f"{kind!r} has layers of kind {', '.join(sorted(strange))}; only attention is supported")
 
 
+def model_path(config: ModelConfig) -> str:
+    """Where the configured model's files are; the packaged one is converted on first use."""
+    return str(default_model.default_model_dir()) if config.model == default_model.ALIAS else config.model
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The configured model's tokenizer alone. Raises ModelNotFound."""
+    try:
+        return AutoTokenizer.from_pretrained(model_path(config))
+    except (OSError, ValueError) as error:
+        raise ModelNotFound(f"model {config.model!r}: {error}") from error
+
+
 def load_model(config: ModelConfig) -> LanguageModel:
     """Loads the configured model. Raises ModelNotFound, UnsupportedModel or ConfigError."""
     attention.register()
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    path = str(default_model.default_model_dir()) if config.model == default_model.ALIAS else config.model
+    path = model_path(config)
     try:
         hf_config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise ModelNotFound(f"model {config.model!r}: {error}") from error
     check_supported(hf_config)
     if config.max_model_len > hf_config.max_position_embeddings:
         raise ConfigError("max_model_len", f"{config.model!r} ends at {hf_config.max_position_embeddings} tokens")
+    tokenizer = load_tokenizer(config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
         hf = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention.IMPLEMENTATION)
     except (OSError, ValueError) as error:
         raise ModelNotFound(f"model {config.model!r}: {error}") from error
     name = config.model if config.model == default_model.ALIAS else Path(path).name
-    return LanguageModel(hf.to(device), tokenizer, name, config.max_model_len)
+    return LanguageModel(hf.to(device), tokenizer, name, config.max_model_len)  # type: ignore[arg-type]
 
 
 def resolve_device(device: str) -> torch.device:

@@ -22,7 +22,7 @@ from fusionrag.errors import ConfigError, RequestError
 from fusionrag.model import tokenizer_fingerprint
 from fusionrag.types import PromptChunk, PromptPlan, Segment, SegmentKind
 
-# Some chat templates (Llama 3.1) print today's date; a fixed one keeps the prefix, and so the stored KV, valid tomorrow.
+# Some chat templates (Llama 3.1) print today's date; a fixed one keeps the prefix, so the stored KV, valid tomorrow.
 TEMPLATE_DATE = "26 Jul 2024"
 _MARK = "\ue000{}\ue001"  # private-use characters: no template or tokenizer gives them a meaning
 _CHUNKS = _MARK.format("chunks")

@@ -22,6 +22,8 @@ from index.types import ScoredChunk, chunk_id_of
 if TYPE_CHECKING:
     from index import Catalogue, Retriever
 
+GREEDY = SamplingParams()
+
 __all__ = ["InlineDocument", "Prepared", "Question", "Rag", "Source", "Turn"]
 
 
@@ -42,7 +44,7 @@ class Question:
     collection: str | None = None
     documents: tuple[InlineDocument, ...] = ()
     top_k: int | None = None
-    sampling: SamplingParams = SamplingParams()
+    sampling: SamplingParams = GREEDY
     reuse: ReuseConfig | None = None
     prompt: str | None = None  # plain text: no template; no retrieval either
 
@@ -82,7 +84,7 @@ class Rag:
         retriever: Retriever | None = None,
     ) -> None:
         self.engine, self.prompts = engine, prompts
-        self._retrieval, self._reuse = retrieval, reuse
+        self._retrieval, self.reuse = retrieval, reuse
         self._catalogue, self._retriever = catalogue, retriever
 
     @property
@@ -99,9 +101,10 @@ class Rag:
     def prepare(self, question: Question, request_id: str) -> Prepared:
         """Retrieves, builds the prompt. Raises CollectionNotFound, RequestError and their kin; see fusionrag.errors."""
         arrival = time.perf_counter()
-        reuse = question.reuse or self._reuse
+        reuse = question.reuse or self.reuse
         if question.prompt is not None:
-            plan, sources = self.prompts.plain_plan(question.prompt), ()
+            sources: tuple[Source, ...] = ()
+            plan = self.prompts.plain_plan(question.prompt)
         else:
             chunks, sources = self._passages(question)
             plan = self.prompts.plan(chunks, question.turns)
@@ -129,9 +132,7 @@ class Rag:
         if self._retrieval.order == "similarity_last":
             hits = hits[::-1]
         related = self._catalogue.related(question.collection, [hit.chunk.chunk_id for hit in hits])
-        chunks = [
-            PromptChunk(hit.chunk.chunk_id, hit.chunk.token_ids, related.get(hit.chunk.chunk_id)) for hit in hits
-        ]
+        chunks = [PromptChunk(hit.chunk.chunk_id, hit.chunk.token_ids, related.get(hit.chunk.chunk_id)) for hit in hits]
         return chunks, tuple(_source(i, hit) for i, hit in enumerate(hits, start=1))
 
     def _inline(self, documents: Sequence[InlineDocument]) -> tuple[Sequence[PromptChunk], tuple[Source, ...]]:
@@ -147,9 +148,7 @@ class Rag:
 
 def _source(index: int, hit: ScoredChunk) -> Source:
     chunk = hit.chunk
-    return Source(
-        index, chunk.chunk_id, chunk.document_id, chunk.title, hit.source, chunk.text, hit.score, chunk.page
-    )
+    return Source(index, chunk.chunk_id, chunk.document_id, chunk.title, hit.source, chunk.text, hit.score, chunk.page)
 
 
 def with_ratio(reuse: ReuseConfig, method: str | None, recompute_ratio: float | None) -> ReuseConfig:

@@ -59,9 +59,7 @@ class IdentityRotary(torch.nn.Module):
         super().__init__()
         self.rotary_dim = rotary_dim
 
-    def forward(
-        self, x: torch.Tensor, position_ids: torch.Tensor, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
         shape = (1, 1, self.rotary_dim)
         return torch.ones(shape, dtype=x.dtype, device=x.device), torch.zeros(shape, dtype=x.dtype, device=x.device)
 

@@ -27,14 +27,13 @@ def place_(arena: KVArena, rope: Rope, span: Span, position: int, kv: ChunkKV) -
 class CaptureKV:
     """An observer that keeps the un-rotated keys and the values of a group's rows: how stored KV is made."""
 
-    def __init__(self, first_row: int = 0) -> None:
-        self._first_row = first_row
+    def __init__(self) -> None:
         self._keys: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
 
-    def before_write(self, layer: int, group: object, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self._keys.append(keys[:, self._first_row :].clone())
-        self._values.append(values[:, self._first_row :].clone())
+    def before_write(self, _layer: int, _group: object, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self._keys.append(keys.clone())
+        self._values.append(values.clone())
 
     def after_write(self, layer: int, group: object, queries: torch.Tensor) -> None:
         pass

@@ -22,8 +22,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
+from functools import cached_property
 from typing import Literal, Protocol
 
 import torch
@@ -96,10 +97,11 @@ class KVSpec:
     related: tuple[str, ...] = ()  # chunk ids (hashes) in the order in which they stood in front; empty for raw
     format_version: int = FORMAT_VERSION
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Hex SHA-256 of the canonical JSON of all fields."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        spelled = json.dumps({f.name: getattr(self, f.name) for f in fields(self)}, sort_keys=True)
+        return hashlib.sha256(spelled.encode()).hexdigest()
 
 
 @dataclass(frozen=True)

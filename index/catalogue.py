@@ -107,7 +107,10 @@ class Catalogue(KVLedger):
                 "FROM documents AS d WHERE collection = ? ORDER BY id",
                 (self._key(connection, collection),),
             ).fetchall()
-        return [StoredDocument(*row[:3], json.loads(row[3]), row[4]) for row in rows]
+        return [
+            StoredDocument(document_id, title, source, json.loads(metadata), num_chunks)
+            for document_id, title, source, metadata, num_chunks in rows
+        ]
 
     def document_ids(self, collection: str, prefix: str = "") -> set[str]:
         """Ids of the documents whose id starts with `prefix`, e.g. of all records of one file."""
@@ -171,11 +174,13 @@ class Catalogue(KVLedger):
         with self._database.write() as connection:
             key = self._key(connection, collection)
             old = self._remove_document(connection, key, document_id)
-            self._bump(connection, key)
             return self._vanish(connection, key, old)
 
     def chunks(self, collection: str) -> Iterator[StoredChunk]:
-        """All chunks by row id, read in pages. A chunk id that several documents share comes once for each."""
+        """All chunks by row id. A chunk id that several documents share comes once for each.
+
+        Read in pages, so that nothing is held open: of changes made meanwhile, some may be seen.
+        """
         last = -1
         while True:
             with self._database.read() as connection:
@@ -183,9 +188,9 @@ class Catalogue(KVLedger):
                     f"{_STORED_CHUNK} AND c.id > ? ORDER BY c.id LIMIT {_PAGE_ROWS}",
                     (self._key(connection, collection), last),
                 ).fetchall()
-            if not rows:
-                return
             yield from map(_stored_chunk, rows)
+            if len(rows) < _PAGE_ROWS:
+                return
             last = rows[-1][0]
 
     def chunks_by_row(self, collection: str, row_ids: Iterable[int]) -> dict[int, StoredChunk]:
@@ -229,9 +234,9 @@ class Catalogue(KVLedger):
                 blob += vector
         return np.array(ids, np.int64), np.frombuffer(blob, "<f4").astype(np.float32, copy=False).reshape(-1, dim)
 
-    @staticmethod
-    def _remove_document(connection: sqlite3.Connection, key: int, document_id: str) -> list[str]:
-        """Deletes the document's rows; returns the ids of its chunks."""
+    @classmethod
+    def _remove_document(cls, connection: sqlite3.Connection, key: int, document_id: str) -> list[str]:
+        """Deletes the document's rows, if it is there; returns the ids of its chunks."""
         found = connection.execute(
             "SELECT id FROM documents WHERE collection = ? AND document_id = ?", (key, document_id)
         ).fetchone()
@@ -239,6 +244,7 @@ class Catalogue(KVLedger):
             return []
         chunk_ids = [row[0] for row in connection.execute("SELECT chunk_id FROM chunks WHERE document = ?", found)]
         connection.execute("DELETE FROM documents WHERE id = ?", found)
+        cls._bump(connection, key)
         return chunk_ids
 
     @staticmethod

@@ -82,7 +82,7 @@ class Embedder:
         limit = self._model.max_seq_length
         window = int(limit) if limit and limit < _UNLIMITED else _FALLBACK_WINDOW
         prompts = [prompt for prompt in (self._model.prompts or {}).values() if prompt]
-        used = self._tokenizer.num_special_tokens_to_add() + max(self._num_tokens(prompts), default=0)
+        used = int(self._tokenizer.num_special_tokens_to_add()) + max(self._num_tokens(prompts), default=0)
         if used >= window:
             raise EmbeddingModelError(f"{self._model}: its window of {window} tokens leaves no room for text")
         return window - used

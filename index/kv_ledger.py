@@ -77,7 +77,7 @@ class KVLedger:
             self._bump_kv(connection, key)
 
     def kv_objects(self, collection: str, chunk_ids: Iterable[str] | None = None) -> list[KVObject]:
-        """The booked objects of the collection, or of some of its chunks; by chunk id, raw after fused."""
+        """The booked objects of the collection, or of some of its chunks; ordered by chunk id, fused before raw."""
         only, values = ("", ()) if chunk_ids is None else (f" AND chunk_id {_IN_LIST}", (json.dumps(list(chunk_ids)),))
         with self._database.read() as connection:
             key = self._key(connection, collection)
@@ -87,7 +87,10 @@ class KVLedger:
                 f"ORDER BY place)) FROM kv_objects AS o WHERE collection = ?{only} ORDER BY chunk_id, kind, digest",
                 (key, *values),
             )
-            return [KVObject(*row[:4], tuple(json.loads(row[5])), bool(row[4])) for row in rows]
+            return [
+                KVObject(digest, chunk_id, kind, num_bytes, tuple(json.loads(related)), bool(is_stale))
+                for digest, chunk_id, kind, num_bytes, is_stale, related in rows
+            ]
 
     def forget_kv(self, digests: Iterable[str]) -> None:
         """Strikes objects whose files are gone from the books of every collection and from the garbage."""

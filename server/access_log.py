@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from fusionrag.types import RequestStats
 
 logger = logging.getLogger("fusionrag.request")
+COMPLETION_ROUTES = ("/v1/chat/completions", "/v1/completions")
 QUIET_ROUTES = ("/health", "/metrics")  # polled by machines: logged at DEBUG
 
 
@@ -27,10 +28,13 @@ class RequestRecord:
     route: str = "unknown"
     status: int = 0  # 0: no reply was begun
     collection: str | None = None
-    generates: bool = False  # a completion endpoint was reached
     finish_reason: str | None = None
     stats: RequestStats | None = None
     ttft_server_ms: float | None = None
+
+    @property
+    def generates(self) -> bool:
+        return self.route in COMPLETION_ROUTES
 
     @property
     def outcome(self) -> str:

@@ -95,7 +95,7 @@ class LimitBody:
                 raise self._too_long()
             try:
                 message = await asyncio.wait_for(receive(), deadline - loop.time())
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 raise HTTPException(408, f"the request body did not arrive within {self._timeout_s:g} s") from None
             num_bytes += len(message.get("body", b""))
             if num_bytes > self._max_body_bytes:

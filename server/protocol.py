@@ -4,8 +4,8 @@ Rule: no parameter is silently ignored. What is honoured has its type here (and 
 ReuseConfig); what OpenAI defines but this server lacks is accepted at the value that means "off", because official
 clients send those, and refused at any other; everything else is unknown and refused by name. Knows nothing of HTTP.
 
-Extensions, sent through the official client's `extra_body`: `top_k`, `min_p`, `repetition_penalty` and `ignore_eos`; for
-chats also `collection`, `documents`, `retrieval_top_k`, `recompute_ratio` and `method`.
+Extensions, sent through the official client's `extra_body`: `top_k`, `min_p`, `repetition_penalty` and `ignore_eos`;
+for chats also `collection`, `documents`, `retrieval_top_k`, `recompute_ratio` and `method`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from fusionrag.rag import InlineDocument, Question, Turn, with_ratio
 from fusionrag.sampling import SamplingParams
 
 MAX_STOPS = 4
+MAX_NAME = 256  # characters; names come back in errors and logs
 
 
 def only(*allowed: object) -> AfterValidator:
@@ -94,7 +95,7 @@ class GenerationRequest(_Strict):
     """What both completion endpoints take. Sampling is greedy unless asked for: an answer from documents should be
     the same twice (OpenAI's own default is temperature 1)."""
 
-    model: str
+    model: str = Field(max_length=MAX_NAME)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: float | None = None
@@ -121,9 +122,11 @@ class GenerationRequest(_Strict):
     def _is_text(cls, body: object) -> object:
         """JSON can spell half a surrogate pair, which is no character and breaks tokenizers and encoders alike."""
         try:
-            json.dumps(body, ensure_ascii=False).encode()
+            json.dumps(body if isinstance(body, dict) else None, ensure_ascii=False).encode()
+        except RecursionError as error:
+            raise ValueError("the body is nested too deeply") from error
         except UnicodeEncodeError as error:
-            raise ValueError(f"the body holds half a surrogate pair: {ascii(error.object[error.start])}") from error
+            raise ValueError(f"the body holds half a surrogate pair: {error.object[error.start]!a}") from error
         return body
 
     @property
@@ -148,7 +151,9 @@ class ChatCompletionRequest(GenerationRequest):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
 
-    collection: str | None = Field(default=None, min_length=1, description="where passages are retrieved from")
+    collection: str | None = Field(
+        default=None, min_length=1, max_length=MAX_NAME, description="where passages are retrieved from"
+    )
     documents: list[RequestDocument] | None = Field(default=None, min_length=1, description="passages to use instead")
     retrieval_top_k: int | None = Field(default=None, ge=1, description="passages to retrieve")
     recompute_ratio: float | None = Field(default=None, description="share of the reused tokens that is recomputed")

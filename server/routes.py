@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -13,7 +14,7 @@ from pydantic import BaseModel
 
 from fusionrag.rag import Question, Rag
 from server import metrics, sse
-from server.access_log import RequestRecord
+from server.access_log import COMPLETION_ROUTES, RequestRecord
 from server.answer import Answer, Preparation
 from server.config import ServerConfig
 from server.connection import ClientConnection
@@ -59,11 +60,10 @@ class Routes:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def add_to(self, app: FastAPI) -> None:
-        for path, endpoint, reply in (
-            ("/v1/chat/completions", self.chat_completions, ChatCompletion),
-            ("/v1/completions", self.completions, TextCompletion),
-        ):
-            app.add_api_route(path, endpoint, methods=["POST"], response_model=reply, responses=ERRORS)
+        post = partial(app.add_api_route, methods=["POST"], responses=ERRORS)
+        chat, text = COMPLETION_ROUTES
+        post(chat, self.chat_completions, response_model=ChatCompletion)
+        post(text, self.completions, response_model=TextCompletion)
         app.add_api_route("/v1/models", self.list_models, response_model=ModelList)
         # a model's name may be a path
         app.add_api_route("/v1/models/{model:path}", self.get_model, response_model=ModelCard, responses=ERRORS)
@@ -111,7 +111,6 @@ class Routes:
 
     def _begin(self, request: Request, body: GenerationRequest) -> RequestRecord:
         record: RequestRecord = request.state.record
-        record.generates = True
         self._check_model(body.model)
         return record
 

@@ -27,10 +27,13 @@ class DrainingServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, worker: Worker, drain_timeout_s: float) -> None:
         super().__init__(config)
         self._worker, self._drain_timeout_s = worker, drain_timeout_s
+        self.announcement = ""  # written to standard output when requests are served
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        sys.stdout.write(self.announcement)
+        sys.stdout.flush()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if not self.started or self._worker.is_draining:
@@ -89,6 +92,5 @@ def serve(rag: Rag, config: ServerConfig) -> None:
         host, port = listener.getsockname()[:2]
         server = build_server(rag, config)
         address = f"[{host}]" if ":" in host else host
-        sys.stdout.write(f"FusionRAG serves {rag.model_name} on http://{address}:{port}\n")
-        sys.stdout.flush()
+        server.announcement = f"FusionRAG serves {rag.model_name} on http://{address}:{port}\n"
         server.run(sockets=[listener])

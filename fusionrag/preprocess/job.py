@@ -3,7 +3,7 @@
 What is done is decided by the store alone: an object that is there is never computed again, and an object is there only
 when it is whole. So a job may be killed anywhere, started again, or run in several shards side by side.
 
-Memory is bounded by the batch: its chunks' KV and that of their related chunks. Knows nothing of files or progress bars.
+Memory is bounded by the batch: its chunks' KV and their related chunks'. Knows nothing of files or progress bars.
 """
 
 from __future__ import annotations
@@ -68,9 +68,7 @@ class PreprocessJob:
                 self._store.put(spec, kv)
                 yield StoredChunk(spec, chunk, kv.num_bytes, computed=True)
 
-    def _batches(
-        self, missing: Sequence[tuple[PromptChunk, KVSpec]]
-    ) -> Iterator[list[tuple[PromptChunk, KVSpec]]]:
+    def _batches(self, missing: Sequence[tuple[PromptChunk, KVSpec]]) -> Iterator[list[tuple[PromptChunk, KVSpec]]]:
         """Runs of chunks whose rows fit a pass and whose spans fit the arena; at least one chunk each."""
         batch: list[tuple[PromptChunk, KVSpec]] = []
         rows = slots = 0
@@ -92,8 +90,8 @@ class PreprocessJob:
         limit = min(self._model.max_model_len, self._arena.num_slots)
         if num_slots > limit:
             raise PromptTooLong(
-                f"chunk {chunk.chunk_id} with {len(spec.related)} related chunks needs {num_slots} positions, the model "
-                f"has {limit}; lower num_related or chunk_tokens",
+                f"chunk {chunk.chunk_id} with {len(spec.related)} related chunks needs {num_slots} positions, "
+                f"the model has {limit}; lower num_related or chunk_tokens",
                 "num_related",
             )
         return num_slots

@@ -18,7 +18,7 @@ from fusionrag.types import ChunkKV, RowGroup, Span
 
 @dataclass(frozen=True)
 class ChunkJob:
-    """One chunk's KV to compute behind `context` – the raw KV of its related chunks in order; empty for the raw pass."""
+    """One chunk's KV to compute behind `context` – its related chunks' raw KV in order; empty for the raw pass."""
 
     token_ids: tuple[int, ...]
     context: tuple[ChunkKV, ...] = ()

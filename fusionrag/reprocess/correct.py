@@ -21,7 +21,13 @@ class MeanResidual:
     """An observer of the recompute pass. `selected`: (K,) positions of recomputed chunk tokens, ascending."""
 
     def __init__(
-        self, arena: KVArena, rope: Rope, plan: PromptPlan, selected: torch.Tensor, untouched: frozenset[int], weight: float
+        self,
+        arena: KVArena,
+        rope: Rope,
+        plan: PromptPlan,
+        selected: torch.Tensor,
+        untouched: frozenset[int],
+        weight: float,
     ) -> None:
         """untouched: indices of chunks that are exact already (the first chunk, chunks computed in place)."""
         self._arena, self._rope, self._weight = arena, rope, weight

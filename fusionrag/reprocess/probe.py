@@ -9,6 +9,7 @@ at true positions as InfoFlow KV (2603.05353) argues; `cacheblend` – 2405.1644
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,7 +21,9 @@ from fusionrag.config import ReuseConfig
 from fusionrag.model import LanguageModel
 from fusionrag.types import PromptPlan, RowGroup, Span
 
-CACHEBLEND_LAYER = 1  # keys and values of layer 0 do not depend on the context, so layer 1 is the first that can deviate
+CACHEBLEND_LAYER = (
+    1  # keys and values of layer 0 do not depend on the context, so layer 1 is the first that can deviate
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,9 @@ class ScoreInputs:
     @property
     def probe_rows(self) -> tuple[int, int]:
         """Rows of the tail [first, last) whose attention is added up."""
-        return self.plan.question if self.config.probe_rows == "question" else (self.plan.tail.start, self.plan.num_tokens)
+        return (
+            self.plan.question if self.config.probe_rows == "question" else (self.plan.tail.start, self.plan.num_tokens)
+        )
 
 
 Scorer = Callable[[ScoreInputs], torch.Tensor]
@@ -92,7 +97,11 @@ def random_scores(inputs: ScoreInputs) -> torch.Tensor:
 
 def parse_layers(text: str, num_layers: int) -> frozenset[int]:
     """'all', 'late' (upper half), 'last', or ranges such as '8-19,25'. Raises ValueError on anything else."""
-    named = {"all": range(num_layers), "late": range(num_layers // 2, num_layers), "last": range(num_layers - 1, num_layers)}
+    named = {
+        "all": range(num_layers),
+        "late": range(num_layers // 2, num_layers),
+        "last": range(num_layers - 1, num_layers),
+    }
     if text in named:
         return frozenset(named[text])
     layers: set[int] = set()
@@ -114,10 +123,8 @@ def _run_tail(inputs: ScoreInputs, probe: _Probe) -> None:
 
 def _observe(model: LanguageModel, group: RowGroup, arena: KVArena) -> None:
     """A forward pass for its observer's sake; ends when the observer has seen enough."""
-    try:
+    with contextlib.suppress(StopForward):
         model.forward([group], arena)
-    except StopForward:
-        pass
 
 
 class _Probe:
@@ -164,7 +171,8 @@ def attention_mass(queries: torch.Tensor, keys: torch.Tensor, first_position: in
     scores = scores.view(num_heads, num_rows, num_keys)
     own = torch.arange(first_position, first_position + num_rows, device=keys.device)
     hidden = torch.arange(num_keys, device=keys.device)[None, :] > own[:, None]
-    return scores.masked_fill_(hidden, float("-inf")).softmax(-1).sum((0, 1))
+    mass: torch.Tensor = scores.masked_fill_(hidden, float("-inf")).softmax(-1).sum((0, 1))
+    return mass
 
 
 class _CanonicalProbe(_Probe):

@@ -1,8 +1,9 @@
 """Answers the questions of a dataset in every configuration and measures each against full prefill.
 
-One worker holds one model; several workers share the questions (`num_workers`), which is how a small model fills a GPU
-or a many-core CPU. A question's KV is computed for it alone and dropped afterwards, so memory stays bounded whatever the
-corpus. TTFT runs from the plan to the first logits, the selector's own work included; retrieval is not part of it.
+One worker holds one model; several workers share the questions (`num_workers`), which is how a small model fills a
+GPU or a many-core CPU. A question's KV is computed for it alone and dropped afterwards, so memory stays bounded
+whatever the corpus. TTFT runs from the plan to the first logits, the selector's own work included; retrieval is not
+part of it.
 """
 
 from __future__ import annotations

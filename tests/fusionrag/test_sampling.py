@@ -240,7 +240,7 @@ def test_text_ends_right_before_the_stop_string_that_is_complete_first(tokenizer
     pieces, stopped = stream_pieces(TextStream(tokenizer, stop=stops), token_ids)
     expected, stops_early = cut_at_stop(text, stops)
     assert "".join(pieces) == expected
-    # A "\ufffd" at the very end may be half a character: that it completes a stop string shows when the text is flushed.
+    # A "\ufffd" at the very end may be half a character: that it completes a stop string shows when it is flushed.
     assert stopped == stops_early or text.endswith("\ufffd")
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from bs4 import BeautifulSoup
 
+from index.documents import read_documents
+
 SAMPLE = Path(__file__).resolve().parents[2] / "scripts" / "sample"
 MAX_PASSAGE_TOKENS = 256  # what the reader was trained on
 TOKENS_PER_WORD = 1.6
@@ -57,6 +59,7 @@ def titled_blocks(path: Path) -> list[tuple[str, str]]:
 
 
 def text_after(heading) -> str:
+    """The paragraph right behind an HTML heading, else ''."""
     following = heading.find_next_sibling()
     return following.get_text() if following is not None and following.name == "p" else ""
 
@@ -84,6 +87,12 @@ def test_corpus_is_large_enough_and_uses_every_plain_format(passages):
     by_suffix = Counter(Path(passage.file).suffix for passage in passages)
     assert by_suffix[".jsonl"] >= 55
     assert Counter(f.suffix for f in (SAMPLE / "corpus").iterdir()) == {".jsonl": 1, ".md": 6, ".html": 2, ".txt": 2}
+
+
+def test_ingest_reads_every_passage_in_full(passages):
+    files = sorted((SAMPLE / "corpus").iterdir())
+    ingested = " ".join(one_line(document.text) for file in files for document in read_documents(file))
+    assert [passage.title for passage in passages if passage.text not in ingested] == []
 
 
 def test_record_ids_are_unique():

@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator, Iterator
 
 import httpx
 import pytest
-from echo_rag import EchoRag, LiveServer, open_app, serving
 
 from server.config import ServerConfig
+from tests.server.echo_rag import EchoRag, LiveServer, open_app, serving
 
 
 @pytest.fixture

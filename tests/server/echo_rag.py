@@ -7,10 +7,11 @@ The engine answers with the words of the question, one word a step. Its statisti
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 
 import httpx
@@ -67,6 +68,7 @@ class EchoEngine:
     live: dict[str, tuple[EchoRequest, int]] = field(default_factory=dict)
     cancelled: list[str] = field(default_factory=list)
     threads: set[str] = field(default_factory=set)
+    num_steps: int = 0
 
     @property
     def has_work(self) -> bool:
@@ -87,6 +89,7 @@ class EchoEngine:
         self.live.pop(request_id, None)
 
     def step(self) -> list[TokenEvent]:
+        self.num_steps += 1
         time.sleep(self.delay_s)
         return [self._advance(request, at) for request, at in list(self.live.values())]
 
@@ -170,7 +173,12 @@ def serving(rag: EchoRag, config: ServerConfig) -> Iterator[LiveServer]:
             thread.join(10)
 
 
-def eventually(condition: object, timeout_s: float = 5.0) -> None:
+async def until(condition: Callable[[], object]) -> None:
+    """Waits, on the event loop, until `condition()` holds."""
+    await asyncio.to_thread(eventually, condition)
+
+
+def eventually(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
     """Waits until `condition()` holds."""
     deadline = time.monotonic() + timeout_s
     while not condition():

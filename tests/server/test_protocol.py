@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from echo_rag import MODEL, EchoRag, chat, open_app
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as OpenAIChatParams
 from openai.types.completion_create_params import CompletionCreateParamsBase as OpenAICompletionParams
 
@@ -11,6 +10,7 @@ from fusionrag.rag import InlineDocument, Turn
 from fusionrag.sampling import SamplingParams
 from server.config import ServerConfig
 from server.protocol import ChatCompletionRequest, CompletionRequest
+from tests.server.echo_rag import MODEL, EchoRag, chat, open_app
 
 pytestmark = pytest.mark.anyio
 
@@ -145,6 +145,8 @@ async def test_completions_refuse_what_does_not_apply_to_a_plain_prompt(client, 
         ({"messages": [{"role": "user", "content": "a", "name": "bob"}]}, "messages.0.name"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
         ({"stop": [""]}, "stop.0"),
+        ({"collection": "x" * 257}, "collection"),
+        ({"model": "x" * 257}, "model"),
         ({"documents": [{"title": "no text"}]}, "documents.0.text"),
     ],
 )

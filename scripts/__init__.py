@@ -1,0 +1,1 @@
+"""The `fusionrag` command: thin commands over `index`, `fusionrag` and `server`."""

@@ -1,0 +1,88 @@
+"""Putting the parts together for the commands: what is built from which configuration, in one place."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fusionrag.config import (
+    EngineConfig,
+    ModelConfig,
+    PromptConfig,
+    RetrievalConfig,
+    ReuseConfig,
+    StoreConfig,
+)
+from fusionrag.engine import Engine
+from fusionrag.model import LanguageModel, load_model, load_tokenizer
+from fusionrag.prompt import PromptBuilder
+from fusionrag.rag import Rag
+from fusionrag.store import open_store
+from index import Catalogue, DataDir, Embedder, Retriever
+from index.config import EmbeddingConfig, VectorIndexConfig
+from scripts.options import build
+
+
+@contextmanager
+def open_rag(args: argparse.Namespace, model: LanguageModel | None = None) -> Iterator[Rag]:
+    """A ready `Rag` over the data directory. Collections are read; nothing is written but quarantined KV."""
+    data_dir = DataDir(args.data_dir)
+    store_config = build(StoreConfig, args)
+    model = model or load_model(build(ModelConfig, args))
+    prompts = PromptBuilder(model.tokenizer, build(PromptConfig, args))
+    engine = Engine(model, open_store(data_dir.kv, store_config), build(EngineConfig, args), store_config.kv_codec)
+    engine.prefix(prompts.prefix_ids)  # now, not in the first request
+    embedder = Embedder(build(EmbeddingConfig, args))
+    with Catalogue(data_dir.catalogue) as catalogue:
+        retriever = Retriever(catalogue, data_dir, embedder, build(VectorIndexConfig, args))
+        yield Rag(engine, prompts, build(RetrievalConfig, args), build(ReuseConfig, args), catalogue, retriever)
+
+
+def open_prompts(args: argparse.Namespace) -> PromptBuilder:
+    """The prompt builder alone: ingest needs the tokenizer, not the weights."""
+    return PromptBuilder(load_tokenizer(build(ModelConfig, args)), build(PromptConfig, args))
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on; part of every JSON output."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    found: dict[str, str] = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "triton", "flash-attn", "faiss-cpu", "sentence-transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name(model: LanguageModel) -> str:
+    """The hardware a figure was measured on."""
+    import os
+    import platform
+
+    import torch
+
+    if model.device.type == "cuda":
+        return torch.cuda.get_device_name(model.device)
+    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
+
+
+def result(command: str, model: LanguageModel, args: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The one JSON object of `--json`."""
+    shown = {key: value for key, value in vars(args).items() if key not in ("command", "api_key", "json")}
+    return {
+        "command": command,
+        "versions": versions(),
+        "device": device_name(model),
+        "model": {
+            "name": model.name,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "fingerprint": model.fingerprint,
+        },
+        "args": {key: value if isinstance(value, int | float | list) else str(value) for key, value in shown.items()},
+        "rows": rows,
+    }

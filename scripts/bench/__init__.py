@@ -1,0 +1,1 @@
+"""Benchmarks behind `fusionrag bench`: each ends with one line of JSON on standard output."""

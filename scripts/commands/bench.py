@@ -1,0 +1,19 @@
+"""`fusionrag bench ttft | kernels | load`: speed. The last line of standard output is the whole result as JSON."""
+
+from __future__ import annotations
+
+import argparse
+
+from scripts.bench import kernels, load, ttft
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    benches = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
+    for name, module in (("ttft", ttft), ("kernels", kernels), ("load", load)):
+        summary = (module.__doc__ or "").strip().splitlines()[0]
+        module.add_arguments(benches.add_parser(name, help=summary, description=module.__doc__))
+
+
+def run(args: argparse.Namespace) -> int:
+    status: int = {"ttft": ttft, "kernels": kernels, "load": load}[args.bench].run(args)
+    return status
