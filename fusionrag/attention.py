@@ -11,14 +11,14 @@ not know, with it we say so.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from fusionrag.arena import KVArena
-from fusionrag.kernels.rows_attention import rows_attention
+from fusionrag.kernels.rows_attention import RowBlock, plan_rows, rows_attention
 from fusionrag.rope import Rope
 from fusionrag.types import RowGroup
 
@@ -37,6 +37,15 @@ class ForwardStep:
     rope: Rope
     cos: torch.Tensor
     sin: torch.Tensor
+
+    plans: dict[tuple[int, int | None], tuple[RowBlock, ...]] = field(default_factory=dict)
+
+    def blocks(self, group: RowGroup, window: int | None) -> tuple[RowBlock, ...]:
+        """The group's attention plan, made at the first layer that has this window and kept for the others."""
+        key = (id(group), window)
+        if key not in self.plans:
+            self.plans[key] = plan_rows(group.positions, self.arena.keys.dtype, window)
+        return self.plans[key]
 
     def slices(self) -> Iterator[tuple[RowGroup, slice]]:
         """Each group with the rows of the pass that are its own."""
@@ -77,8 +86,9 @@ def fusionrag_attention(
         span_values.index_copy_(1, group.positions, values[:, rows])
         if observer is not None:
             observer.after_write(layer, group, rotated_queries[:, rows])
+        blocks = step.blocks(group, sliding_window)
         out[:, rows] = rows_attention(
-            rotated_queries[:, rows], span_keys, span_values, group.positions, scaling, sliding_window
+            rotated_queries[:, rows], span_keys, span_values, group.positions, scaling, sliding_window, blocks
         )
     return out.transpose(0, 1)[None], None
 

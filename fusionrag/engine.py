@@ -42,6 +42,7 @@ from fusionrag.types import (
 )
 
 log = logging.getLogger(__name__)
+MAX_ROWS_ALONE = 16384  # of one pass of a request that runs alone; bounds the activations
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,9 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """One forward pass. Returns an event for every request that got a token, ended or failed."""
         events = self._admit()
-        shares = pack(self._live, self.config.max_batch_tokens)
+        # alone, a prefill is not split: there is no stream to keep flowing, and one dense pass is the fastest
+        budget = self.config.max_batch_tokens if len(self._live) > 1 else MAX_ROWS_ALONE
+        shares = pack(self._live, budget)
         if not shares:
             return events
         groups = [_live(share).take(share.num_rows) for share in shares]
@@ -196,7 +199,7 @@ class Engine:
         try:
             self._begin(live)
             while True:
-                group = live.take(live.num_pending if live.is_atomic else self.config.max_batch_tokens)
+                group = live.take(live.num_pending if live.is_atomic else MAX_ROWS_ALONE)
                 logits = self.model.forward([group], self.arena)
                 if group.num_logits:
                     break

@@ -43,7 +43,7 @@ class Naming:
         return KVSpec(self.model_fingerprint, self.dtype, self.codec, self.prefix_ids, tuple(token_ids), kind, related)
 
     def candidates(self, chunk: PromptChunk, is_first: bool, first_chunk_raw: bool) -> tuple[KVSpec, ...]:
-        """The objects that may stand for a chunk, best first: raw is exact behind the prefix, fused nearer elsewhere."""
+        """The objects that may stand for a chunk, best first: raw is exact behind the prefix, else fused is nearer."""
         raw = self.spec(chunk.token_ids, "raw")
         if not chunk.related or (is_first and first_chunk_raw):
             return (raw,)

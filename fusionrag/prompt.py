@@ -22,8 +22,10 @@ from fusionrag.errors import ConfigError, RequestError
 from fusionrag.model import tokenizer_fingerprint
 from fusionrag.types import PromptChunk, PromptPlan, Segment, SegmentKind
 
-# Some chat templates (Llama 3.1) print today's date; a fixed one keeps the prefix, so the stored KV, valid tomorrow.
+# Some chat templates print today's date: Llama 3 is given `date_string`, Mistral Small asks `strftime_now`. A fixed date
+# keeps the prefix, so the stored KV, valid tomorrow. Functions cannot be given to a template, but a macro hides one.
 TEMPLATE_DATE = "26 Jul 2024"
+_FIXED_DATE = "{% macro strftime_now(format) %}" + TEMPLATE_DATE + "{% endmacro %}"
 _MARK = "\ue000{}\ue001"  # private-use characters: no template or tokenizer gives them a meaning
 _CHUNKS = _MARK.format("chunks")
 
@@ -50,7 +52,8 @@ class PromptBuilder:
     @property
     def fingerprint(self) -> str:
         """Changes whenever a chunk's ids could change; a collection keeps it (see index.types.ChunkEncoder)."""
-        return f"{tokenizer_fingerprint(self._tokenizer)[:32]}|{self._config.chunk_template!r}"
+        templates = f"{self._config.chunk_template!r}|{self._config.untitled_chunk_template!r}"
+        return f"{tokenizer_fingerprint(self._tokenizer)[:32]}|{templates}"
 
     def encode(self, title: str, text: str) -> list[int]:
         """Token ids of a whole passage, template included. Text that looks like a special token stays text."""
@@ -106,7 +109,12 @@ class PromptBuilder:
         if not tokenizer.chat_template:  # a base model: plain text, the instruction first
             bos = tokenizer.bos_token or ""
             return bos + "\n\n".join(m["content"] for m in messages) + "\n"
-        render = {"tokenize": False, "add_generation_prompt": True, "date_string": TEMPLATE_DATE}
+        render = {
+            "chat_template": _FIXED_DATE + tokenizer.get_chat_template(),
+            "tokenize": False,
+            "add_generation_prompt": True,
+            "date_string": TEMPLATE_DATE,
+        }
         try:
             return str(tokenizer.apply_chat_template(messages, **render))
         except Exception:  # templates without a system role raise their own jinja error

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -31,6 +32,8 @@ from fusionrag.types import ChunkKV, KVKind, KVSpec, PromptChunk, PromptPlan, Se
 from index.types import chunk_id_of
 
 torch.set_num_threads(1)
+settings.register_profile("unhurried", deadline=None)  # a busy machine is not a failure
+settings.load_profile("unhurried")
 
 # --- tokenizer --------------------------------------------------------------------------------------------------------
 

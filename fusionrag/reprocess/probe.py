@@ -10,6 +10,7 @@ at true positions as InfoFlow KV (2603.05353) argues; `cacheblend` – 2405.1644
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ import torch
 from fusionrag.arena import KVArena
 from fusionrag.attention import StopForward
 from fusionrag.config import ReuseConfig
+from fusionrag.errors import ConfigError
 from fusionrag.model import LanguageModel
 from fusionrag.types import PromptPlan, RowGroup, Span
 
@@ -96,7 +98,7 @@ def random_scores(inputs: ScoreInputs) -> torch.Tensor:
 
 
 def parse_layers(text: str, num_layers: int) -> frozenset[int]:
-    """'all', 'late' (upper half), 'last', or ranges such as '8-19,25'. Raises ValueError on anything else."""
+    """'all', 'late' (upper half), 'last', or ranges such as '8-19,25'. Raises ConfigError on anything else."""
     named = {
         "all": range(num_layers),
         "late": range(num_layers // 2, num_layers),
@@ -106,12 +108,13 @@ def parse_layers(text: str, num_layers: int) -> frozenset[int]:
         return frozenset(named[text])
     layers: set[int] = set()
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not (first.strip().isdigit() and (last or first).strip().isdigit()):
-            raise ValueError(f"layers {text!r}: expected all, late, last or ranges such as 8-19,25")
-        layers |= set(range(int(first), int(last or first) + 1))
-    if not layers or max(layers) >= num_layers:
-        raise ValueError(f"layers {text!r}: the model has layers 0 to {num_layers - 1}")
+        found = re.fullmatch(r"\s*([0-9]+)\s*(?:-\s*([0-9]+)\s*)?", part)
+        if not found:
+            raise ConfigError("probe_layers", f"{text!r}: expected all, late, last or ranges such as 8-19,25")
+        first, last = int(found[1]), int(found[2] or found[1])
+        if not first <= last < num_layers:
+            raise ConfigError("probe_layers", f"{text!r}: the model has layers 0 to {num_layers - 1}")
+        layers |= set(range(first, last + 1))
     return frozenset(layers)
 
 

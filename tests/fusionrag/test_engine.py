@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+
 import pytest
 import torch
 
-from fusionrag.errors import PromptTooLong, QueueFull, StoreError
+from fusionrag.config import StoreConfig
+from fusionrag.errors import ConfigError, PromptTooLong, QueueFull, StoreError
 from fusionrag.sampling import SamplingParams
-from fusionrag.store import MemoryStore
+from fusionrag.store import MemoryStore, open_store
 
 
 class TroubledStore(MemoryStore):
     """Breaks its promise for one digest: `get` raises."""
 
-    def __init__(self, trouble=StoreError("the disk is on fire")):
+    def __init__(self, trouble):
         super().__init__()
         self.bad_digest, self.trouble = "", trouble
 
@@ -99,9 +103,6 @@ def test_the_phases_of_a_request_add_up_to_its_ttft(bench, corpus):
 
 
 def test_retrieval_counts_into_ttft_and_not_into_queueing(bench, corpus):
-    import time
-    from dataclasses import replace
-
     request = bench.request(bench.plan(corpus))
     early = replace(request, arrival=time.perf_counter() - 100.0, retrieve_ms=99_000.0)
     stats = bench.engine().generate(early)[0].stats
@@ -230,7 +231,7 @@ def test_cancelling_one_of_several_leaves_the_answers_of_the_others(bench, corpu
 
 def test_a_prefill_gives_its_slots_back_even_when_it_fails(bench, corpus):
     engine = bench.engine()
-    with pytest.raises(ValueError, match="layers '7'"):
+    with pytest.raises(ConfigError, match="probe_layers: '7'"):
         engine.prefill(bench.request(bench.plan(corpus), probe_layers="7"))
     assert engine.arena.num_free == engine.arena.num_slots and not engine.has_work
 
@@ -264,7 +265,7 @@ def test_a_selector_that_fails_costs_its_request_alone(is_filled, bench, corpus)
     bad = bench.request(bench.plan(chunks), "bad", probe_layers="0-3")
     events = bench.run(engine, [bench.request(bench.plan(corpus), "good"), bad])
     (failure,) = [e for e in events if e.request_id == "bad"]
-    assert failure.finish_reason == "error" and "layers '0-3'" in str(failure.error)
+    assert failure.finish_reason == "error" and "probe_layers: '0-3'" in str(failure.error)
     assert len(bench.tokens(events, "good")) == 8
     assert engine.arena.num_free == engine.arena.num_slots
 
@@ -282,9 +283,6 @@ def test_a_pass_that_fails_costs_the_requests_of_that_pass_and_not_the_engine(be
 
 def test_a_bad_object_on_disk_costs_time_and_no_request(make_bench, tmp_path):
     """The disk store sets it aside; the chunk is computed in place."""
-    from fusionrag.config import StoreConfig
-    from fusionrag.store import open_store
-
     bench = make_bench(store=open_store(tmp_path, StoreConfig(host_tier_bytes=0)))
     chunks = bench.chunks(23, 40)
     bench.preprocess(chunks)
