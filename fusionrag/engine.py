@@ -42,6 +42,7 @@ from fusionrag.types import (
 )
 
 log = logging.getLogger(__name__)
+MAX_FAILED_PASSES = 3  # in a row; then the device is broken, not a request
 MAX_ROWS_ALONE = 16384  # of one pass of a request that runs alone; bounds the activations
 
 
@@ -116,6 +117,7 @@ class Engine:
         self._prefixes: dict[tuple[int, ...], tuple[Naming, ChunkKV]] = {}
         self._waiting: deque[EngineRequest] = deque()
         self._live: list[LiveRequest] = []
+        self._num_failed = 0  # passes in a row
 
     @property
     def has_work(self) -> bool:
@@ -166,8 +168,11 @@ class Engine:
             logits = self.model.forward(groups, self.arena)
         except Exception as error:  # every request of this pass is lost, the engine is not
             log.exception("forward pass of %d requests failed", len(shares))
+            self._num_failed += 1
+            if self._num_failed >= MAX_FAILED_PASSES:
+                raise  # not this request's fault: whoever runs the engine must know
             return events + [self._fail(_live(share), error) for share in shares]
-        row = 0
+        self._num_failed = row = 0
         for share, group in zip(shares, groups, strict=True):
             event = self._advance(share, logits[row] if group.num_logits else None)
             row += group.num_logits

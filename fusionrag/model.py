@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from fusionrag import attention, default_model
 from fusionrag.arena import KVArena
@@ -177,11 +179,24 @@ def load_model(config: ModelConfig) -> LanguageModel:
         raise ConfigError("max_model_len", f"{config.model!r} ends at {hf_config.max_position_embeddings} tokens")
     tokenizer = load_tokenizer(config)
     try:
-        hf = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention.IMPLEMENTATION)
+        with _no_progress_bar():
+            hf = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention.IMPLEMENTATION)
     except (OSError, ValueError) as error:
         raise ModelNotFound(f"model {config.model!r}: {error}") from error
     name = config.model if config.model == default_model.ALIAS else Path(path).name
     return LanguageModel(hf.to(device), tokenizer, name, config.max_model_len)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Loading is quick; a bar of the library's on standard error would stand between the lines of ours."""
+    was_enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if was_enabled:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def resolve_device(device: str) -> torch.device:

@@ -15,6 +15,7 @@ from fusionrag.config import RetrievalConfig, ReuseConfig
 from fusionrag.engine import Engine, EngineRequest
 from fusionrag.errors import ConfigError, RequestError
 from fusionrag.prompt import PromptBuilder, Turn
+from fusionrag.reprocess.probe import parse_layers
 from fusionrag.sampling import SamplingParams
 from fusionrag.types import PromptChunk
 from index.types import ScoredChunk, chunk_id_of
@@ -86,6 +87,7 @@ class Rag:
         self.engine, self.prompts = engine, prompts
         self._retrieval, self.reuse = retrieval, reuse
         self._catalogue, self._retriever = catalogue, retriever
+        parse_layers(reuse.probe_layers, engine.model.shape.num_layers)  # now, not in the first request
 
     @property
     def model_name(self) -> str:

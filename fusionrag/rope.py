@@ -39,12 +39,12 @@ class Rope:
         """x: (..., R, D), cos and sin from `tables`: a new tensor of x's dtype, rotated in fp32."""
         half = self.inv_freq.shape[0]
         first, second = x[..., :half].float(), x[..., half : 2 * half].float()
-        out = torch.empty_like(x)
-        out[..., :half] = first * cos - second * sin
-        out[..., half : 2 * half] = second * cos + first * sin
+        out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
+        torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin)
         if 2 * half < x.shape[-1]:  # partial rotary: the other dimensions carry no position
             out[..., 2 * half :] = x[..., 2 * half :]
-        return out
+        return out.to(x.dtype)
 
     def shift(self, rotated: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
         """Moves rotated keys (..., R, D) by `delta` (R,) positions; the table's scaling is not applied twice."""

@@ -67,7 +67,7 @@ class _Packer:
         begin = self._overlap_begin(start)
         end = self._fill(begin)
         while True:
-            if end <= start:  # the repeated sentences leave no room for a new one
+            if end <= start:  # no room for anything new: without the repeated sentences, one piece at least
                 begin, end = start, max(self._fill(start), start + 1)
             end = self._best_cut(begin, start, end)
             text = _render(self.pieces[begin:end])
@@ -78,7 +78,7 @@ class _Packer:
             if end - start == 1 and begin == start:
                 self._split_in_place(start)
             else:
-                end = self._drop(end, excess)
+                end = max(self._drop(end, excess), start + (begin == start))
 
     def _fill(self, begin: int) -> int:
         """The end of the longest run of pieces from `begin` that should fit, by their costs."""

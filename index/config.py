@@ -60,7 +60,7 @@ class EmbeddingConfig:
         "all-MiniLM-L6-v2",
         "embedding model: 'all-MiniLM-L6-v2' (packaged, no network), a local directory, or a hub id",
     )
-    embedding_batch_size: int = knob(64, "texts embedded in one forward pass")
+    embedding_batch_size: int = knob(16, "texts embedded in one forward pass; a GPU likes more, e.g. 128")
     embedding_device: str = knob("cpu", "'cpu', 'cuda', 'cuda:1', 'mps', or 'auto' (CUDA when there is one)")
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ class DataDir:
     """Paths within one data directory. Made (readable by its owner only) where it does not exist."""
 
     def __init__(self, path: str | Path) -> None:
-        """Raises DataDirError where the directory cannot be made or written."""
+        """Raises DataDirError where the directory cannot be made."""
         self.path = Path(path)
         try:
             for folder in (self.path, self.kv, self.faiss):
@@ -56,19 +56,28 @@ class DataDir:
 
         Does not wait: raises DataDirLocked, which names the holders, where another process is in the way.
         """
-        path = self.path / "lock"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        descriptor = self._locked_file(exclusive)
         try:
-            try:
-                fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise DataDirLocked(self.path, _live_holders(path)) from error
-            if exclusive:
-                os.ftruncate(descriptor, 0)  # nobody else holds it: lines of earlier holders are out of date
-            os.write(descriptor, f"{os.getpid()} {_command()}\n".encode("utf-8", "replace"))
             yield
         finally:
             os.close(descriptor)
+
+    def _locked_file(self, exclusive: bool) -> int:
+        path = self.path / "lock"
+        descriptor = -1
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+            fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            if exclusive:
+                os.ftruncate(descriptor, 0)  # nobody else holds it: lines of earlier holders are out of date
+            os.write(descriptor, f"{os.getpid()} {_command()}\n".encode("utf-8", "replace"))
+        except OSError as error:
+            if descriptor >= 0:
+                os.close(descriptor)
+            if isinstance(error, BlockingIOError):
+                raise DataDirLocked(self.path, _live_holders(path)) from error
+            raise DataDirError(f"{path} cannot be locked ({error.strerror}); check the disk and its rights") from error
+        return descriptor
 
 
 def _command() -> str:

@@ -53,7 +53,7 @@ class Embedder:
         self._model = _load(config)
         self._tokenizer = self._model.tokenizer
         self._lock = threading.Lock()  # a tokenizer cannot be used by two threads at a time
-        self._window_tokens = self._room_for_text()
+        self._window_tokens = self._room_for_text(config.embedding_model)
         self._dim = int(self._encode(["dimension"], "document").shape[1])
         self._fingerprint = f"{Path(config.embedding_model).name}@{_weights_digest(self._model)}"
 
@@ -75,16 +75,16 @@ class Embedder:
         vector: FloatArray = self._embed([question], "query", None)[0]
         return vector
 
-    def _room_for_text(self) -> int:
+    def _room_for_text(self, name: str) -> int:
         """Tokens of the model's window that special tokens and the longest prompt leave."""
         if not self._tokenizer.is_fast:
-            raise EmbeddingModelError(f"{self._model}: a fast tokenizer is needed (tokenizer.json)")
+            raise EmbeddingModelError(f"{name}: its tokenizer gives no character offsets; a tokenizer.json is needed")
         limit = self._model.max_seq_length
         window = int(limit) if limit and limit < _UNLIMITED else _FALLBACK_WINDOW
         prompts = [prompt for prompt in (self._model.prompts or {}).values() if prompt]
         used = int(self._tokenizer.num_special_tokens_to_add()) + max(self._num_tokens(prompts), default=0)
         if used >= window:
-            raise EmbeddingModelError(f"{self._model}: its window of {window} tokens leaves no room for text")
+            raise EmbeddingModelError(f"{name}: its window of {window} tokens leaves no room for text")
         return window - used
 
     def _embed(self, texts: Sequence[str], task: str, progress: Callable[[int], None] | None) -> FloatArray:

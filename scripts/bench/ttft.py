@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -162,11 +163,8 @@ def _load_stock(args: argparse.Namespace, model: LanguageModel) -> Callable[[Pro
     from transformers import AutoModelForCausalLM
 
     path = model_path(build(ModelConfig, args))
-    stock = (  # type: ignore[arg-type]
-        AutoModelForCausalLM.from_pretrained(path, dtype=model.dtype, attn_implementation="sdpa")
-        .to(model.device)
-        .eval()
-    )
+    stock: Any = AutoModelForCausalLM.from_pretrained(path, dtype=model.dtype, attn_implementation="sdpa")
+    stock = stock.to(model.device).eval()
 
     @torch.inference_mode()
     def prefill(plan: PromptPlan) -> float:

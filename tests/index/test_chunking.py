@@ -1,5 +1,6 @@
 """Chunks: never too long, nothing lost, cut where a reader would cut."""
 
+import itertools
 import time
 
 import pytest
@@ -146,7 +147,7 @@ def test_overlap_repeats_whole_sentences_of_the_same_section_within_its_limit(by
     one = " ".join(f"Sentence {i:02}." for i in range(30))
     chunks = chunks_of(byte_encoder, Section("", one), Section("", "Other section. " * 8), tokens=100, overlap=30)
     in_first = [c for c in chunks if "Sentence" in c.text]
-    for before, after in zip(in_first, in_first[1:], strict=False):
+    for before, after in itertools.pairwise(in_first):
         repeated = [s for s in before.text.split(". ") if s.rstrip(".") in after.text]
         assert len(repeated) == 2  # two sentences of 12 bytes fit into 30, three do not
         assert before.text.endswith(after.text[:25])

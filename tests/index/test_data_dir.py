@@ -56,6 +56,12 @@ def test_a_path_that_is_a_file_is_refused(tmp_path):
         DataDir(tmp_path / "file")
 
 
+def test_a_lock_that_cannot_be_taken_for_another_reason_is_refused_with_it(data_dir):
+    (data_dir.path / "lock").mkdir()
+    with pytest.raises(DataDirError, match="Is a directory"), data_dir.lock(exclusive=True):
+        pass
+
+
 @pytest.mark.parametrize("mine", [True, False])
 def test_beside_an_exclusive_holder_nobody_gets_in_and_the_holder_is_named_without_its_secrets(data_dir, mine):
     with Holder(data_dir.path, exclusive=True) as process:
@@ -85,7 +91,6 @@ def test_a_holder_that_is_killed_holds_no_longer(data_dir):
 def test_ended_holders_are_not_named(data_dir):
     with Holder(data_dir.path, exclusive=False):
         pass
-    with data_dir.lock(exclusive=False):
-        with pytest.raises(DataDirLocked) as caught, data_dir.lock(exclusive=True):
-            pass
+    with data_dir.lock(exclusive=False), pytest.raises(DataDirLocked) as caught, data_dir.lock(exclusive=True):
+        pass
     assert [int(line.split()[0]) for line in caught.value.holders] == [os.getpid()]

@@ -18,8 +18,8 @@ from index import (
     Document,
     DocumentError,
     IngestFailure,
-    IngestReport,
     Ingestor,
+    IngestReport,
     Section,
     StorageFull,
     UnsupportedFormat,
@@ -137,7 +137,7 @@ def test_progress_ends_with_everything_done(run, corpus):
 
 
 def test_an_encoder_or_embedder_other_than_the_collections_is_refused(corpus, catalogue, byte_encoder, embedder):
-    with pytest.raises(CollectionMismatch, match="words-1.*bytes-1"):
+    with pytest.raises(CollectionMismatch, match=r"words-1.*bytes-1"):
         ingest([corpus], "c", catalogue, byte_encoder, embedder)
 
 

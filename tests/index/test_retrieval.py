@@ -30,7 +30,7 @@ def test_the_nearest_chunk_comes_first_with_its_source(retriever, add):
     add("birds", "the penguin swims", "the eagle flies")
     add("rocks", "granite is hard")
     hits = retriever.search("c", "penguin swims", 2)
-    assert [h.chunk.text for h in hits][0] == "the penguin swims"
+    assert hits[0].chunk.text == "the penguin swims"
     assert hits[0].source == "birds.txt" and hits[0].chunk.ordinal == 0
     assert 1 >= hits[0].score > hits[1].score >= -1
 
@@ -101,7 +101,7 @@ def test_a_search_for_nothing_is_refused_by_the_name_of_the_argument(retriever, 
 
 def test_a_collection_of_another_embedding_model_is_refused(retriever, catalogue):
     catalogue.open_collection("other", "words-1", "another-model", 64)
-    with pytest.raises(CollectionMismatch, match="another-model.*hashing-1"):
+    with pytest.raises(CollectionMismatch, match=r"another-model.*hashing-1"):
         retriever.search("other", "x", 1)
 
 

@@ -66,7 +66,7 @@ def test_too_few_vectors_to_train_fall_back_to_exact_search_with_a_warning(caplo
 
 
 def test_a_factory_string_that_faiss_does_not_know_is_refused_by_the_name_of_the_knob():
-    with pytest.raises(InvalidValue, match="faiss_factory.*'Bogus'"):
+    with pytest.raises(InvalidValue, match=r"faiss_factory.*'Bogus'"):
         VectorIndex.build(rows(5), unit_vectors(5), VectorIndexConfig("Bogus"))
 
 

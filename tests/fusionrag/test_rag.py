@@ -1,0 +1,204 @@
+"""From a question to an engine request: retrieval over a real catalogue, and passages that requests bring along."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from fusionrag.config import RetrievalConfig, ReuseConfig
+from fusionrag.errors import ConfigError, RequestError
+from fusionrag.prompt import PromptBuilder, Turn
+from fusionrag.rag import InlineDocument, Question, Rag, with_ratio
+from index import Catalogue, DataDir, Document, Ingestor, Retriever, Section
+from index.errors import CollectionNotFound
+
+
+class LetterEmbedder:
+    """How often each letter occurs: texts of the same letters are near each other."""
+
+    fingerprint, dim = "letters", 26
+
+    def embed(self, texts, progress=None):
+        if progress is not None:
+            progress(len(texts))
+        return np.array([self.embed_question(text) for text in texts], np.float32).reshape(-1, self.dim)
+
+    def embed_question(self, question):
+        counts = Counter(question.lower())
+        vector = np.array([counts[chr(97 + i)] for i in range(26)], np.float32) + 1e-3
+        return vector / np.linalg.norm(vector)
+
+
+REUSE = ReuseConfig(recompute_ratio=0.999999)
+TEXTS = {"zebras": "zzz zz zzzz", "queens": "qqq qqqq q", "zebras and queens": "zzz qqq zzz q", "others": "mno lmn"}
+
+
+@pytest.fixture
+def catalogue(bench, tmp_path):
+    """Collection 'c' of four documents of one passage each."""
+    with Catalogue(DataDir(tmp_path).catalogue) as catalogue:
+        documents = [
+            Document(name, name.title(), (Section("", text, page=i + 1),), f"{name}.txt")
+            for i, (name, text) in enumerate(TEXTS.items())
+        ]
+        Ingestor(catalogue, bench.prompts, LetterEmbedder()).add_documents(documents, "c")
+        yield catalogue
+
+
+@pytest.fixture
+def make_rag(bench, catalogue, tmp_path):
+    def make(prompts=bench.prompts, reuse=REUSE, **retrieval):
+        retriever = Retriever(catalogue, DataDir(tmp_path), LetterEmbedder())
+        return Rag(bench.engine(), prompts, RetrievalConfig(**retrieval), reuse, catalogue, retriever)
+
+    return make
+
+
+def asking(text, **fields):
+    return Question(turns=(Turn("user", text),), **fields)
+
+
+# --- retrieval --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        ("similarity_first", ["zebras", "zebras and queens", "queens"]),
+        ("similarity_last", ["queens", "zebras and queens", "zebras"]),
+    ],
+)
+def test_passages_stand_in_the_configured_order_and_are_cited_as_they_stand(order, expected, make_rag, bench):
+    prepared = make_rag(order=order).prepare(asking("zzzz q", collection="c", top_k=3), "r")
+    assert [s.document_id for s in prepared.sources] == expected
+    assert [s.index for s in prepared.sources] == [1, 2, 3]
+    for source, segment in zip(prepared.sources, prepared.request.plan.chunks, strict=True):
+        assert source.chunk_id == segment.chunk.chunk_id
+        text = bench.model.tokenizer.decode(segment.token_ids)
+        assert source.title in text and source.text in text
+        assert (source.text, source.source) == (TEXTS[source.document_id], f"{source.document_id}.txt")
+        assert source.page == 1 + list(TEXTS).index(source.document_id)
+    scores = [s.score for s in prepared.sources]
+    assert scores == sorted(scores, reverse=order == "similarity_first")
+
+
+def test_what_a_question_leaves_open_is_as_configured(make_rag):
+    rag = make_rag(top_k=2)
+    prepared = rag.prepare(asking("zzz", collection="c"), "r")
+    assert len(prepared.sources) == 2 and prepared.request.reuse == rag.reuse
+    own = rag.prepare(asking("zzz", collection="c", top_k=4, reuse=ReuseConfig(method="full")), "r")
+    assert len(own.sources) == 4 and own.request.reuse.method == "full"
+
+
+def test_passages_below_the_threshold_are_left_out(make_rag):
+    prepared = make_rag(score_threshold=0.5).prepare(asking("zzz", collection="c"), "r")
+    assert {s.document_id for s in prepared.sources} == {"zebras", "zebras and queens"}
+
+
+def test_retrieval_is_timed_from_the_arrival(make_rag):
+    prepared = make_rag().prepare(asking("zzz", collection="c"), "r")
+    assert prepared.request.retrieve_ms > 0
+    stats = make_rag().engine.generate(prepared.request)[0].stats
+    assert stats.phases.retrieve_ms == prepared.request.retrieve_ms < stats.ttft_ms
+
+
+def test_related_chunks_come_from_the_catalogue_and_their_fused_kv_from_the_store(make_rag, bench, catalogue):
+    ids = [stored.chunk.chunk_id for stored in catalogue.chunks("c")]
+    related = {chunk_id: (ids[i - 1], ids[i - 2]) for i, chunk_id in enumerate(ids)}
+    catalogue.set_related("c", related)
+    rag = make_rag()
+    prepared = rag.prepare(asking("zzzz q", collection="c"), "r")
+    chunks = [segment.chunk for segment in prepared.request.plan.chunks]
+    assert {c.chunk_id: c.related for c in chunks} == related
+    bench.preprocess(chunks)
+    prefilled = rag.engine.prefill(prepared.request)
+    prefilled.release()
+    assert [r.kind for r in prefilled.stats.chunks] == ["raw", "fused", "fused", "fused"]
+    torch.testing.assert_close(prefilled.logits, bench.full(prepared.request.plan), rtol=0, atol=1e-4)
+
+
+def test_a_collection_chunked_for_another_tokenizer_is_refused(make_rag, make_tokenizer):
+    other = PromptBuilder(make_tokenizer(merges=[("a", "b")]), make_rag().prompts._config)
+    with pytest.raises(ConfigError, match="model: collection 'c' was chunked for another tokenizer"):
+        make_rag(prompts=other).prepare(asking("zzz", collection="c"), "r")
+
+
+def test_a_collection_that_is_not_there_is_named(make_rag):
+    rag = make_rag()
+    assert rag.collections() == ("c",)
+    with pytest.raises(CollectionNotFound, match="'d'"):
+        rag.prepare(asking("zzz", collection="d"), "r")
+
+
+# --- without collections ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bare(bench):
+    return Rag(bench.engine(), bench.prompts, RetrievalConfig(), ReuseConfig())
+
+
+def test_passages_that_a_request_brings_are_used_in_their_order(bare, bench):
+    documents = (InlineDocument("B", "bbb", "mine"), InlineDocument("", "aaa"))
+    prepared = bare.prepare(asking("who", documents=documents), "r")
+    text = bench.model.tokenizer.decode(prepared.request.plan.token_ids)
+    assert text.index("B: bbb") < text.index("aaa") < text.index("who")
+    assert [(s.index, s.document_id, s.title, s.text, s.score) for s in prepared.sources] == [
+        (1, "mine", "B", "bbb", None),
+        (2, "document-2", "", "aaa", None),
+    ]
+
+
+def test_a_passage_brought_along_reuses_the_kv_of_the_same_passage_in_a_collection(make_rag, bench):
+    rag = make_rag()
+    stored = rag.prepare(asking("q", collection="c", top_k=4), "r").request.plan.chunks
+    bench.preprocess([segment.chunk for segment in stored])
+    document = InlineDocument("Zebras", TEXTS["zebras"])
+    stats = rag.engine.generate(rag.prepare(asking("q", documents=(document,)), "r").request)[-1].stats
+    assert [r.source.value for r in stats.chunks] == ["host"]
+
+
+def test_a_question_may_do_without_passages(bare):
+    prepared = bare.prepare(asking("who"), "r")
+    assert prepared.sources == () and prepared.request.plan.chunks == ()
+    assert bare.collections() == ()
+
+
+def test_a_server_without_collections_says_so(bare):
+    with pytest.raises(RequestError, match="no collections") as error:
+        bare.prepare(asking("who", collection="c"), "r")
+    assert error.value.field == "collection"
+
+
+def test_plain_text_is_neither_retrieved_for_nor_put_in_a_template(bare, bench):
+    prepared = bare.prepare(Question(prompt="Once upon"), "r")
+    assert bench.model.tokenizer.decode(prepared.request.plan.token_ids) == "Once upon"
+    assert prepared.sources == ()
+
+
+def test_the_rag_says_which_model_it_runs(bare, bench):
+    assert (bare.model_name, bare.max_model_len) == (bench.model.name, 1024)
+
+
+# --- a request's own method and ratio ---------------------------------------------------------------------------------
+
+
+def test_a_requests_method_and_ratio_stand_over_the_configured_ones():
+    configured = ReuseConfig(method="epic", recompute_ratio=0.3, correction=0.5)
+    assert with_ratio(configured, None, None) == configured
+    assert with_ratio(configured, "random", None) == replace(configured, method="random")
+    assert with_ratio(configured, None, 0.0) == replace(configured, recompute_ratio=0.0)
+
+
+@pytest.mark.parametrize(
+    ("method", "ratio", "field"),
+    [("best", None, "method"), (None, 1.5, "recompute_ratio"), (None, -0.1, "recompute_ratio")],
+)
+def test_a_method_or_ratio_that_does_not_exist_is_refused_by_name(method, ratio, field):
+    with pytest.raises(ConfigError, match=f"^{field}: ") as error:
+        with_ratio(ReuseConfig(), method, ratio)
+    assert error.value.field == field

@@ -1,0 +1,238 @@
+"""The commands as a user runs them, on a tiny model: results, resumption, and what bad input gets."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from index import Catalogue, DataDir
+from scripts.cli import main
+
+KV_FILES = "kv/objects/*/*.safetensors"
+
+
+def files(shell) -> dict[str, float]:
+    """Every KV object with the time it was written."""
+    return {path.name: path.stat().st_mtime_ns for path in shell.data_dir.glob(KV_FILES)}
+
+
+def test_ingesting_the_same_file_again_changes_nothing(shell, documents, capsys):
+    assert shell("ingest", documents) == 0
+    assert "6 documents added" in capsys.readouterr().out
+    assert shell("ingest", documents) == 0
+    assert "0 documents added, 0 changed, 6 unchanged" in capsys.readouterr().out
+
+
+def test_preprocess_computes_raw_and_fused_kv_once(preprocessed, capsys):
+    before = files(preprocessed)
+    assert len(before) == 12
+    assert preprocessed("preprocess", "--num-related", 2) == 0
+    assert "0 objects computed; 6 raw and 6 fused of 6 chunks" in capsys.readouterr().out
+    assert files(preprocessed) == before
+
+
+def test_shards_side_by_side_do_the_whole_job(shell, documents, capsys):
+    shell("ingest", documents)
+    for shard in ("1/3", "2/3", "3/3"):
+        assert shell("preprocess", "--num-related", 2, "--shard", shard) == 0
+    assert "6 raw and 6 fused of 6 chunks" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_changed_document_leaves_no_kv_of_its_old_text(preprocessed, documents, capsys):
+    before = set(files(preprocessed))
+    lines = documents.read_text().splitlines()
+    lines[0] = json.dumps({"title": "Anna Brell", "text": "Anna Brell was a painter. She never left her village."})
+    documents.write_text("\n".join(lines) + "\n")
+    assert preprocessed("ingest", documents) == 0
+    assert "1 changed" in capsys.readouterr().out
+    assert preprocessed("preprocess", "--num-related", 2) == 0
+    assert "6 raw and 6 fused of 6 chunks" in capsys.readouterr().out
+    after = set(files(preprocessed))
+    assert len(after) == 12 and len(before - after) >= 2
+    with Catalogue(DataDir(preprocessed.data_dir).catalogue) as catalogue:
+        assert {f"{o.digest}.safetensors" for o in catalogue.kv_objects("default")} == after
+
+
+def test_killing_preprocess_anywhere_loses_nothing_and_computes_nothing_twice(shell, documents):
+    """A job killed by SIGKILL again and again ends with the objects of an undisturbed one, each written once."""
+    shell("ingest", documents)
+    command = [sys.executable, "-m", "scripts.cli", "preprocess", "--num-related", "2", "--max-batch-tokens", "64"]
+    command += ["--data-dir", str(shell.data_dir), "--model", str(shell.model)]
+    written: dict[str, float] = {}
+    for kills in range(3):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        while process.poll() is None and len(files(shell)) < 3 * (kills + 1):
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        now = files(shell)
+        assert written.items() <= now.items(), "an object was lost or written again"
+        written = now
+    assert 9 <= len(written) <= 12
+    assert subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+    assert written.items() <= files(shell).items()
+    assert len(files(shell)) == 12
+
+
+def test_ask_prints_the_answer_its_sources_and_the_ttft_breakdown(preprocessed, capsys):
+    assert preprocessed("ask", "Where was Anna Brell born?", "--max-tokens", 4, "--top-k", 3) == 0
+    out = capsys.readouterr().out
+    assert out.count("documents.jsonl") == 3
+    assert "Anna Brell" in out and "Time to first token" in out and "recompute " in out
+
+
+def test_doctor_explains_a_hit_a_raw_fallback_and_a_miss(preprocessed, capsys):
+    def reuse() -> dict[str, int]:
+        assert preprocessed("doctor", "--json") == 0
+        return json.loads(capsys.readouterr().out)["collections"]["default"]["reuse"]
+
+    capsys.readouterr()
+    assert reuse() == {"fused KV is there": 6}
+    with Catalogue(DataDir(preprocessed.data_dir).catalogue) as catalogue:
+        objects = catalogue.kv_objects("default")
+    gone = next(o for o in objects if o.kind == "fused")
+    lost = next(o.chunk_id for o in objects if o.chunk_id != gone.chunk_id)
+    for o in objects:
+        if o == gone or o.chunk_id == lost:
+            (preprocessed.data_dir / "kv" / "objects" / o.digest[:2] / f"{o.digest}.safetensors").unlink()
+    found = reuse()
+    assert found["fused KV is there"] == 4
+    assert found["raw only: fused KV is missing; run preprocess"] == 1
+    assert sum(n for why, n in found.items() if why.startswith("miss:")) == 1
+
+
+def test_a_damaged_object_is_recomputed_set_aside_and_the_answer_stays(preprocessed, capsys):
+    """A bit flipped on disk may cost time, never an answer."""
+    ask = ("ask", "What is Lum?", "--max-tokens", 6, "--top-k", 6, "--recompute-ratio", 0.999999)
+    assert preprocessed(*ask) == 0
+    answer = capsys.readouterr().out.splitlines()[0]
+    for path in preprocessed.data_dir.glob(KV_FILES):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 4
+        path.write_bytes(content)
+    assert preprocessed(*ask) == 0
+    assert capsys.readouterr().out.splitlines()[0] == answer
+    assert len(list((preprocessed.data_dir / "kv" / "quarantine").iterdir())) >= 6
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (("preprocess", "--collection", "nowhere"), "nowhere"),
+        (("ask", "Who?", "--collection", "nowhere"), "nowhere"),
+        (("preprocess", "--shard", "3/2"), "shard"),
+        (("preprocess", "--num-related", "-1"), "num_related"),
+        (("ask", "Who?", "--recompute-ratio", "-0.5"), "recompute_ratio"),
+        (("ask", "Who?", "--recompute-ratio", "7"), "recompute_ratio"),
+        (("ask", "Who?", "--method", "best"), "method"),
+        (("ask", "Who?", "--probe-layers", "9-12"), "probe_layers"),
+        (("ask", "", "--top-k", "3"), "question"),
+        (
+            (
+                "ask",
+                "Who? " * 2000,
+            ),
+            "max_tokens",
+        ),
+        (("ask", "Who?", "--max-tokens", "100000"), "max_tokens"),
+        (("ask", "Who?", "--kv-codec", "int3"), "kv_codec"),
+    ],
+)
+def test_bad_input_ends_with_exit_code_2_and_names_what_is_wrong(shell, documents, capsys, args, named):
+    shell("ingest", documents)
+    capsys.readouterr()
+    assert shell(*args) == 2
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["no-such-model", "gpt2-like"])
+def test_an_unusable_model_is_refused_before_anything_is_computed(tmp_path, documents, shell, capsys, model):
+    shell("ingest", documents)
+    path = tmp_path / model
+    if model == "gpt2-like":
+        path.mkdir()
+        (path / "config.json").write_text('{"model_type": "gpt2"}')
+        for file in shell.model.glob("tokenizer*"):
+            (path / file.name).write_bytes(file.read_bytes())
+    assert main(["preprocess", "--data-dir", str(shell.data_dir), "--model", str(path)]) == 2
+    assert ("gpt2" if model == "gpt2-like" else model) in capsys.readouterr().err
+    assert not files(shell)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00\x01\x02\xff"])
+def test_an_unreadable_file_is_reported_and_the_others_are_ingested(shell, documents, tmp_path, capsys, content):
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(content)
+    assert shell("ingest", documents, bad) == 1
+    captured = capsys.readouterr()
+    assert "bad.txt" in captured.err
+    assert "6 documents added" in captured.out
+
+
+def test_a_second_writer_is_refused_and_told_who_is_first(shell, documents, capsys):
+    with DataDir(shell.data_dir).lock(exclusive=True):
+        assert shell("ingest", documents) == 2
+    assert str(os.getpid()) in capsys.readouterr().err
+
+
+def test_a_collection_of_another_tokenizer_is_refused(shell, documents, tmp_path, make_tokenizer, capsys):
+    shell("ingest", documents)
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in shell.model.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    make_tokenizer(merges=[("a", "n")]).save_pretrained(other)
+    for command in (["preprocess"], ["ask", "Who?"], ["ingest", str(documents)]):
+        assert main([*command, "--data-dir", str(shell.data_dir), "--model", str(other)]) == 2
+        assert "default" in capsys.readouterr().err
+
+
+def test_help_of_every_command_lists_its_knobs(capsys):
+    for command in ("ingest", "preprocess", "serve", "ask", "evaluate", "doctor"):
+        with pytest.raises(SystemExit) as stopped:
+            main([command, "--help"])
+        assert stopped.value.code == 0
+        assert "default:" in capsys.readouterr().out
+
+
+def test_evaluate_measures_every_method_against_full_prefill_and_resumes(tmp_path, tiny_model, capsys):
+    from tests.scripts.conftest import PASSAGES
+
+    ctxs = [{"title": title, "text": text} for title, text in PASSAGES]
+    examples = [{"question": f"Who is {t}?", "answers": [t], "ctxs": ctxs} for t, _ in PASSAGES[:2]]
+    dataset, out, records = tmp_path / "d.json", tmp_path / "out.json", tmp_path / "r.jsonl"
+    dataset.write_text(json.dumps(examples))
+    args = ["evaluate", "--dataset", dataset, "--methods", "full,reuse,epic,cacheblend,fusionrag,attention,random"]
+    args += ["--ratios", "0.15,1.0", "--num-related", "0,2", "--model", tiny_model, "--records", records, "--json", out]
+    assert main([str(a) for a in args]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == 1 + 2 * (1 + 5 * 2)
+    for row in rows:
+        assert row["n"] == 2
+        if row["recompute_ratio"] == 1.0:
+            assert row["kl_to_full"] <= 1e-4 and row["top1_agreement"] == 1.0
+    assert any(row["kl_to_full"] > 1e-3 for row in rows)
+    written = records.read_text()
+    assert main([str(a) for a in args]) == 0
+    assert records.read_text() == written
+    assert "cacheblend" in capsys.readouterr().out
+
+
+def test_bench_ttft_ends_with_one_line_of_json(tiny_model, capsys):
+    args = ["bench", "ttft", "--model", str(tiny_model), "--num-chunks", "3", "--chunk-tokens", "64", "--repeats", "1"]
+    assert main(args) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["method"] for row in result["rows"]] == ["full", "reuse", "default", "transformers"]
+    assert all(row["ttft_ms_p50"] > 0 and row["n"] == 1 for row in result["rows"])
+
+
+def test_bench_kernels_reports_the_share_of_the_floor(tiny_model, capsys):
+    assert main(["bench", "kernels", "--model", str(tiny_model), "--num-tokens", "300", "--repeats", "1"]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert len(rows) == 5 and all(row["ms"] > 0 for row in rows)
