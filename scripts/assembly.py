@@ -35,6 +35,7 @@ def open_rag(args: argparse.Namespace, model: LanguageModel | None = None) -> It
     engine = Engine(model, open_store(data_dir.kv, store_config), build(EngineConfig, args), store_config.kv_codec)
     engine.prefix(prompts.prefix_ids)  # now, not in the first request
     embedder = Embedder(build(EmbeddingConfig, args))
+    embedder.embed_question("warm up")  # loads the model now, not in the first request
     with Catalogue(data_dir.catalogue) as catalogue:
         retriever = Retriever(catalogue, data_dir, embedder, build(VectorIndexConfig, args))
         yield Rag(engine, prompts, build(RetrievalConfig, args), build(ReuseConfig, args), catalogue, retriever)

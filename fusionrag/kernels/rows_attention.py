@@ -19,7 +19,7 @@ ROWS_PER_BLOCK = 128  # large enough for GEMM speed, small enough to skip most k
 
 @dataclass(frozen=True)
 class RowBlock:
-    """Rows `[begin, end)` look at keys `[first_key, num_keys)`; mask (rows, keys) is None where they see all of them."""
+    """Rows `[begin, end)` look at keys `[first_key, num_keys)`; mask (rows, keys) is None where they see them all."""
 
     begin: int
     end: int
