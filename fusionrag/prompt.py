@@ -22,8 +22,8 @@ from fusionrag.errors import ConfigError, RequestError
 from fusionrag.model import tokenizer_fingerprint
 from fusionrag.types import PromptChunk, PromptPlan, Segment, SegmentKind
 
-# Some chat templates (Llama 3.1) print today's date; a fixed one keeps the prefix and stored KV valid tomorrow.
-# keeps the prefix, so the stored KV, valid tomorrow. Functions cannot be given to a template, but a macro hides one.
+# Some chat templates print today's date: Llama 3 is given `date_string`, Mistral Small asks `strftime_now`. A fixed
+# date keeps prefix and stored KV valid tomorrow. Functions cannot be given to a template, but a macro hides one.
 TEMPLATE_DATE = "26 Jul 2024"
 _FIXED_DATE = "{% macro strftime_now(format) %}" + TEMPLATE_DATE + "{% endmacro %}"
 _MARK = "\ue000{}\ue001"  # private-use characters: no template or tokenizer gives them a meaning
