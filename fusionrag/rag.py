@@ -155,9 +155,6 @@ def _source(index: int, hit: ScoredChunk) -> Source:
 
 def with_ratio(reuse: ReuseConfig, method: str | None, recompute_ratio: float | None) -> ReuseConfig:
     """A request's own method and ratio on top of the configured ones. Raises ConfigError naming the field."""
-    changes: dict[str, object] = {}
     if method is not None:
-        changes["method"] = method
-    if recompute_ratio is not None:
-        changes["recompute_ratio"] = recompute_ratio
-    return replace(reuse, **changes)  # type: ignore[arg-type]
+        reuse = reuse.with_method(method)
+    return reuse if recompute_ratio is None else replace(reuse, recompute_ratio=recompute_ratio)

@@ -195,6 +195,15 @@ LETTERS = string.ascii_lowercase + "     "
 
 
 @dataclass(frozen=True)
+class FirstToken:
+    """A request's first event, what its prompt's slots then held (keys rotated), and the steps it took."""
+
+    event: TokenEvent
+    kv: ChunkKV
+    num_steps: int
+
+
+@dataclass(frozen=True)
 class Bench:
     """A model, a store and the prompts between them, with short words for what most tests do."""
 
@@ -262,13 +271,30 @@ class Bench:
         self, plan: PromptPlan, request_id: str = "r", sampling: SamplingParams | None = None, **reuse: Any
     ) -> EngineRequest:
         """Greedy and 8 tokens long, unless said otherwise."""
-        return EngineRequest(request_id, plan, sampling or SamplingParams(max_tokens=8), ReuseConfig(**reuse))
+        config = ReuseConfig(**{"correction": 0.0, **reuse})  # selection alone, unless a test asks for the correction
+        return EngineRequest(request_id, plan, sampling or SamplingParams(max_tokens=8), config)
 
     def prefill(self, plan: PromptPlan, engine: Engine | None = None, **reuse: Any) -> Prefilled:
         """The request before its first token; its span is free again, so only logits and stats are of use."""
         prefilled = (engine or self.engine()).prefill(self.request(plan, **reuse))
         prefilled.release()
         return prefilled
+
+    def prefill_beside_another(self, request: EngineRequest, max_batch_tokens: int) -> FirstToken:
+        """The same, beside a request that decodes: so `max_batch_tokens` holds, which it does not for one alone."""
+        engine = self.engine(max_batch_tokens=max_batch_tokens)
+        other = self.text_plan(range(60, 70))
+        engine.submit(self.request(other, "other", SamplingParams(max_tokens=200, ignore_eos=True)))
+        engine.step()
+        engine.submit(request)
+        events: list[TokenEvent] = []
+        num_steps = 0
+        while not events and num_steps < 190:
+            events = [e for e in engine.step() if e.request_id == request.request_id]
+            num_steps += 1
+        span = slice(210, 210 + request.plan.num_tokens)  # slots are given out from the beginning
+        kv = ChunkKV(engine.arena.keys[:, :, span], engine.arena.values[:, :, span])
+        return FirstToken(events[0], kv, num_steps)
 
     def full(self, plan: PromptPlan) -> torch.Tensor:
         """(V,) logits of full prefill, which never looks at the store."""

@@ -64,7 +64,7 @@ def parse_method(text: str, base: ReuseConfig) -> ReuseConfig:
         name = base.method
     if name not in METHODS:
         raise ConfigError("methods", f"unknown method {name!r}; one of default, {', '.join(METHODS)}")
-    changes: dict[str, object] = {"method": name}
+    changes: dict[str, object] = {}
     kinds = {f.name: type(getattr(base, f.name)) for f in fields(base)}
     for knob in filter(None, knobs.split("+")):
         key, _, value = knob.partition("=")
@@ -72,7 +72,7 @@ def parse_method(text: str, base: ReuseConfig) -> ReuseConfig:
             raise ConfigError("methods", f"{text!r}: unknown knob {key!r}; one of {', '.join(kinds)}")
         kind = kinds[key]
         changes[key] = value.lower() in ("1", "true", "yes") if kind is bool else kind(value)
-    return replace(base, **changes)  # type: ignore[arg-type]
+    return replace(base.with_method(name), **changes)  # type: ignore[arg-type]
 
 
 def configurations(

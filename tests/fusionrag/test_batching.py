@@ -78,27 +78,40 @@ def test_seeds_and_nothing_else_tell_sampled_answers_apart(bench, requests):
     assert tokens[0] == tokens[1] != tokens[2]
 
 
-@pytest.mark.parametrize("recompute_ratio", [0.15, 0.6, 1.0])
+def assert_same_first_token(one, other):
+    """What the slots hold at the last layer comes of everything that went before."""
+    assert one.event.token_id == other.event.token_id
+    assert one.event.stats.chunks == other.event.stats.chunks
+    expected = (other.kv.keys, other.kv.values)
+    torch.testing.assert_close((one.kv.keys, one.kv.values), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("recompute_ratio", [0.0, 0.15, 0.6, 1.0])
 @pytest.mark.parametrize("method", SELECTORS)
 def test_recompute_in_one_step_equals_recompute_in_several(method, recompute_ratio, bench, corpus):
-    plan = bench.plan(corpus)
-    once, pieces = (
-        bench.prefill(plan, bench.engine(max_batch_tokens=budget), method=method, recompute_ratio=recompute_ratio)
-        for budget in (1024, 16)
-    )
-    torch.testing.assert_close(pieces.logits, once.logits, rtol=1e-5, atol=1e-5)
-    assert pieces.stats.chunks == once.stats.chunks
+    """So does computing a missing chunk."""
+    request = bench.request(bench.plan(corpus), method=method, recompute_ratio=recompute_ratio)
+    once, pieces = (bench.prefill_beside_another(request, budget) for budget in (1024, 16))
+    assert once.num_steps <= 2 < pieces.num_steps
+    assert_same_first_token(pieces, once)
 
 
-def test_recompute_in_several_steps_equals_one_with_a_sliding_window(make_bench):
+@pytest.mark.parametrize("recompute_ratio", [0.5, 1.0])
+def test_recompute_in_several_steps_equals_one_with_a_sliding_window(recompute_ratio, make_bench):
     bench = make_bench("mistral-sliding")
     chunks = bench.chunks(23, 40, 17)
     bench.preprocess(chunks)
-    once, pieces = (
-        bench.prefill(bench.plan(chunks), bench.engine(max_batch_tokens=budget), recompute_ratio=0.5).logits
-        for budget in (1024, 16)
-    )
-    torch.testing.assert_close(pieces, once, rtol=1e-5, atol=1e-5)
+    request = bench.request(bench.plan(chunks), recompute_ratio=recompute_ratio)
+    once, pieces = (bench.prefill_beside_another(request, budget) for budget in (1024, 16))
+    assert once.num_steps == 1 < pieces.num_steps
+    assert_same_first_token(pieces, once)
+
+
+def test_a_prefill_that_runs_alone_is_one_step(bench, corpus):
+    """There is no stream to keep flowing, and one pass is the fastest."""
+    engine = bench.engine(max_batch_tokens=16)
+    engine.submit(bench.request(bench.plan(corpus), method="full"))
+    assert [e.stats.completion_tokens for e in engine.step()] == [1]
 
 
 def test_every_way_through_the_engine_gives_the_same_first_token(bench, requests):

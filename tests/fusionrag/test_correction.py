@@ -66,27 +66,17 @@ def test_a_chunk_none_of_whose_tokens_was_recomputed_is_left_alone(bench, corpus
 
 
 @pytest.mark.parametrize("method", ["attention", "epic"])
-def test_a_corrected_pass_does_not_depend_on_max_batch_tokens(method, bench, corpus):
+def test_a_corrected_pass_is_one_step_whatever_max_batch_tokens(method, bench, corpus):
     plan = bench.plan(corpus)
-    once, small = (
-        bench.prefill(
-            plan, bench.engine(max_batch_tokens=budget), method=method, recompute_ratio=0.4, correction=1.0
-        ).logits
-        for budget in (1024, 16)
-    )
-    assert torch.equal(once, small)
-    plain = bench.prefill(plan, method=method, recompute_ratio=0.4).logits
-    assert (once - plain).abs().max() > 1e-2
-
-
-def test_a_corrected_pass_is_one_step_beside_other_requests(bench, corpus):
-    plan = bench.plan(corpus)
-    engine = bench.engine(max_batch_tokens=16)
-    request = bench.request(plan, "r", recompute_ratio=0.4, correction=1.0)
-    alone = bench.tokens(bench.engine().generate(request))
-    other = bench.request(bench.plan(corpus[::-1]), "other", method="full")
-    events = bench.run(engine, [other, request])
-    assert bench.tokens(events) == alone
+    request = bench.request(plan, method=method, recompute_ratio=0.4, correction=1.0)
+    once, small = (bench.prefill_beside_another(request, budget) for budget in (1024, 16))
+    assert once.num_steps == small.num_steps == 1
+    assert torch.equal(once.kv.keys, small.kv.keys) and torch.equal(once.kv.values, small.kv.values)
+    alone = bench.tokens(bench.engine(max_batch_tokens=16).generate(request))
+    assert small.event.token_id == once.event.token_id == alone[0]
+    plain = bench.request(plan, method=method, recompute_ratio=0.4)
+    assert bench.prefill_beside_another(plain, 16).num_steps > 1
+    assert (once.kv.values - bench.prefill_beside_another(plain, 1024).kv.values).abs().max() > 0.01
 
 
 def test_correction_with_everything_recomputed_equals_full_prefill(family, make_bench):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fusionrag.config import StoreConfig
+from fusionrag.engine import MAX_FAILED_PASSES
 from fusionrag.errors import ConfigError, PromptTooLong, QueueFull, StoreError
 from fusionrag.sampling import SamplingParams
 from fusionrag.store import MemoryStore, open_store
@@ -183,35 +184,45 @@ def test_requests_that_wait_for_slots_are_answered_in_order_of_arrival(bench, co
     assert engine.arena.num_free == engine.arena.num_slots
 
 
-STAGES = ["waiting", "filling", "prefilling", "decoding", "finished"]
-
-
-def stage_of(engine, request_id):
-    """Where in its life a request is; see the engine's docstring."""
-    live = [live for live in engine._live if live.request.request_id == request_id]
-    if not live:
-        return "waiting" if any(r.request_id == request_id for r in engine._waiting) else "finished"
-    return "decoding" if live[0].is_decoding else "filling" if live[0].is_filling else "prefilling"
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_cancelling_frees_the_slots_at_every_stage(stage, bench, corpus):
+def test_cancelling_frees_the_slots_at_every_step_of_a_requests_life(bench, corpus):
+    """While it waits, while a missing chunk is computed, in the middle of recomputing, while it decodes, afterwards."""
     missing = bench.chunk("a passage that nobody has preprocessed")
-    engine = bench.engine(max_batch_tokens=16, max_num_requests=1)
-    engine.submit(bench.request(bench.plan([]), "first"))
-    engine.submit(bench.request(bench.plan([*corpus, missing]), "r", recompute_ratio=0.5))
-    num_steps = 0
-    while stage_of(engine, "r") != stage or num_steps < 3:  # in the middle of a stage, where it has one
-        engine.step()
-        num_steps += 1
-        if stage == "waiting":
-            break
-    engine.cancel("r")
-    engine.cancel("r")  # an unknown id has no effect
-    assert stage_of(engine, "r") == "finished"
-    after = bench.run(engine, [])
-    assert "r" not in {e.request_id for e in after}
-    assert ("first" in {e.request_id for e in after}) == (stage == "waiting")
+    sampling = SamplingParams(max_tokens=8, ignore_eos=True)
+    request = bench.request(bench.plan([*corpus, missing]), "r", sampling, recompute_ratio=0.5)
+    beside = bench.request(bench.text_plan(range(60, 70)), "beside", SamplingParams(max_tokens=60, ignore_eos=True))
+    alone = bench.tokens(bench.engine().generate(beside), "beside")
+
+    def cancel_after(num_steps):
+        """Events of the cancelled request, and the engine once the other one is done."""
+        engine = bench.engine(max_batch_tokens=16)
+        engine.submit(beside)
+        events = engine.step()
+        engine.submit(request)
+        events += [event for _ in range(num_steps) for event in engine.step()]
+        engine.cancel("r")
+        engine.cancel("r")  # an unknown id has no effect
+        assert engine.load.arena_used_tokens == 10 + 60 and engine.load.num_running == 1
+        late = bench.run(engine, [])
+        assert bench.tokens(events + late, "beside") == alone
+        assert "r" not in {e.request_id for e in late}
+        assert engine.arena.num_free == engine.arena.num_slots
+        return [e for e in events if e.request_id == "r"]
+
+    lives = [cancel_after(num_steps) for num_steps in range(24)]
+    assert [len(events) for events in lives] == sorted(len(events) for events in lives)
+    num_silent = sum(not events for events in lives)
+    assert num_silent == 3 + 4  # 15 rows a step: the missing chunk's 38 tokens, then 40 selected ones and the tail's 17
+    assert lives[-1][-1].finish_reason == "length" and len(lives[-1]) == 8
+
+
+def test_cancelling_a_request_that_waits_forgets_it(bench, corpus):
+    engine = bench.engine(max_num_requests=1)
+    for name in "ab":
+        engine.submit(bench.request(bench.plan(corpus), name))
+    engine.step()
+    engine.cancel("b")
+    assert (engine.load.num_running, engine.load.num_waiting) == (1, 0)
+    assert {e.request_id for e in bench.run(engine, [])} == {"a"}
     assert engine.arena.num_free == engine.arena.num_slots
 
 
@@ -279,6 +290,19 @@ def test_a_pass_that_fails_costs_the_requests_of_that_pass_and_not_the_engine(be
     assert isinstance(events[0].error, IndexError)
     assert engine.arena.num_free == engine.arena.num_slots
     assert bench.tokens(engine.generate(bench.request(bench.plan(corpus)))) == expected
+
+
+def test_passes_that_keep_failing_are_raised(bench, corpus):
+    """Then it is the device that is broken, not a request. A pass that succeeds forgives those before it."""
+    engine = bench.engine()
+    bad = bench.request(bench.text_plan([10**6]), "bad")
+    for _ in range(2):
+        assert [e.finish_reason for e in bench.run(engine, [bad, bad])] == ["error", "error"]
+        engine.generate(bench.request(bench.plan(corpus)))
+    for _ in range(MAX_FAILED_PASSES - 1):
+        assert bench.run(engine, [bad])[0].finish_reason == "error"
+    with pytest.raises(IndexError):
+        bench.run(engine, [bad])
 
 
 def test_a_bad_object_on_disk_costs_time_and_no_request(make_bench, tmp_path):

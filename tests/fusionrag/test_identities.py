@@ -161,12 +161,11 @@ def test_an_empty_store_gives_full_prefill(method, recompute_ratio, bench):
     assert prefilled.stats.computed_tokens == plan.num_tokens - plan.prefix.num_tokens
 
 
-@pytest.mark.parametrize("max_batch_tokens", [16, 1024])
-def test_missing_chunks_behind_exact_ones_are_computed_exactly(max_batch_tokens, bench):
+def test_missing_chunks_behind_exact_ones_are_computed_exactly(bench):
     a, b, c = bench.chunks(23, 40, 17)
     bench.preprocess([a])
     plan = bench.plan([a, b, c])
-    prefilled = bench.prefill(plan, bench.engine(max_batch_tokens=max_batch_tokens))
+    prefilled = bench.prefill(plan)
     close(prefilled.logits, bench.full(plan))
     assert [r.source for r in prefilled.stats.chunks] == [KVSource.HOST, KVSource.COMPUTED, KVSource.COMPUTED]
 

@@ -190,7 +190,8 @@ def test_the_rag_says_which_model_it_runs(bare, bench):
 def test_a_requests_method_and_ratio_stand_over_the_configured_ones():
     configured = ReuseConfig(method="epic", recompute_ratio=0.3, correction=0.5)
     assert with_ratio(configured, None, None) == configured
-    assert with_ratio(configured, "random", None) == replace(configured, method="random")
+    assert with_ratio(configured, "random", None) == replace(configured, method="random", correction=0.0)
+    assert with_ratio(configured, "attention", None) == replace(configured, method="attention")
     assert with_ratio(configured, None, 0.0) == replace(configured, recompute_ratio=0.0)
 
 

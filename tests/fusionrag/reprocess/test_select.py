@@ -27,7 +27,7 @@ def plan(bench):
 def recomputed_positions(bench, plan, seed=None, **reuse):
     """Where the span differs from one in which nothing was recomputed; layer 2 depends on all a token saw."""
     engine, held = bench.engine(), []
-    for changes in (reuse, {"method": "reuse"}):
+    for changes in ({"correction": 0.0, **reuse}, {"method": "reuse"}):
         sampling = SamplingParams(max_tokens=8, seed=seed)
         prefilled = engine.prefill(bench.request(plan, sampling=sampling, **changes))
         held.append(engine.arena.view(2, prefilled.span)[1][:, : plan.tail.start].clone())
