@@ -191,6 +191,7 @@ def reader_model() -> LanguageModel:
 # --- the engine and what stands around it -----------------------------------------------------------------------------
 
 PROMPT = PromptConfig(instruction="Answer.", passages_header="P:\n", question_template="Q: {question}\nA:")
+MAX_STEPS = 1000  # far more than any test needs
 LETTERS = string.ascii_lowercase + "     "
 
 
@@ -309,9 +310,11 @@ class Bench:
         """Submits all at once and steps until nothing is left."""
         for request in requests:
             engine.submit(request)
-        events = []
+        events, num_steps = [], 0
         while engine.has_work:
+            assert num_steps < MAX_STEPS, "the engine has work and does none"
             events += engine.step()
+            num_steps += 1
         return events
 
 

@@ -83,6 +83,14 @@ def test_the_pieces_of_an_answer_are_the_text_of_its_tokens(bench, corpus):
     assert text(events) == bench.model.tokenizer.decode(bench.tokens(events), skip_special_tokens=True)
 
 
+def test_what_looked_like_a_stop_string_is_sent_when_the_answer_ends_otherwise(bench, corpus):
+    plan = bench.plan(corpus)
+    whole = text(bench.engine().generate(bench.request(plan, sampling=SamplingParams(max_tokens=30))))
+    sampling = SamplingParams(max_tokens=30, stop=(whole[-3:] + "never",))
+    events = bench.engine().generate(bench.request(plan, sampling=sampling))
+    assert text(events) == whole and events[-1].finish_reason == "length"
+
+
 # --- what it says on the way ------------------------------------------------------------------------------------------
 
 
@@ -189,7 +197,7 @@ def test_cancelling_frees_the_slots_at_every_step_of_a_requests_life(bench, corp
     missing = bench.chunk("a passage that nobody has preprocessed")
     sampling = SamplingParams(max_tokens=8, ignore_eos=True)
     request = bench.request(bench.plan([*corpus, missing]), "r", sampling, recompute_ratio=0.5)
-    beside = bench.request(bench.text_plan(range(60, 70)), "beside", SamplingParams(max_tokens=60, ignore_eos=True))
+    beside = bench.request(bench.text_plan(range(60, 70)), "beside", SamplingParams(max_tokens=30, ignore_eos=True))
     alone = bench.tokens(bench.engine().generate(beside), "beside")
 
     def cancel_after(num_steps):
@@ -201,7 +209,7 @@ def test_cancelling_frees_the_slots_at_every_step_of_a_requests_life(bench, corp
         events += [event for _ in range(num_steps) for event in engine.step()]
         engine.cancel("r")
         engine.cancel("r")  # an unknown id has no effect
-        assert engine.load.arena_used_tokens == 10 + 60 and engine.load.num_running == 1
+        assert engine.load.arena_used_tokens == 10 + 30 and engine.load.num_running == 1
         late = bench.run(engine, [])
         assert bench.tokens(events + late, "beside") == alone
         assert "r" not in {e.request_id for e in late}

@@ -8,6 +8,7 @@ import torch
 from fusionrag.config import METHODS
 from fusionrag.layout import compute_prefix
 from fusionrag.preprocess.passes import ChunkJob, compute_chunks
+from fusionrag.sampling import SamplingParams
 from fusionrag.types import KVSource
 
 SELECTORS = ["attention", "fusionrag", "cacheblend", "epic", "random"]
@@ -48,6 +49,22 @@ def test_full_prefill_equals_stock_transformers(bench, make_hf, make_config, cor
     with torch.no_grad():
         expected = make_hf(make_config("llama"), "eager")(torch.tensor([plan.token_ids])).logits[0, -1]
     close(bench.full(plan), expected)
+
+
+@pytest.mark.parametrize("recompute_ratio", [1.0, ALL_BUT_EXACT])
+def test_greedy_answers_equal_those_of_stock_transformers(recompute_ratio, family, make_bench, make_hf, make_config):
+    bench, hf = make_bench(family), make_hf(make_config(family), "eager")
+    chunks = bench.chunks(23, 40)
+    bench.preprocess(chunks)
+    plan = bench.plan(chunks)
+    request = bench.request(
+        plan, sampling=SamplingParams(max_tokens=6, ignore_eos=True), recompute_ratio=recompute_ratio
+    )
+    expected = list(plan.token_ids)
+    with torch.no_grad():
+        for _ in range(6):
+            expected.append(int(hf(torch.tensor([expected])).logits[0, -1].argmax()))
+    assert bench.tokens(bench.engine().generate(request)) == expected[-6:]
 
 
 @pytest.mark.parametrize("num_related", [0, 2])

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fusionrag.config import METHODS
@@ -39,6 +39,7 @@ def recomputed_positions(bench, plan, seed=None, **reuse):
 
 
 @given(st.integers(0, 100), st.integers(0, 3000), st.integers(0, 3000))
+@example(7, 100, 3000)  # 0.07 * 100 is more than 7 in floating point
 def test_the_budget_is_the_ceiling_of_the_exact_product(percent, num_reused, num_candidates):
     exact = math.ceil(Fraction(percent, 100) * num_reused)
     assert budget(percent / 100, num_reused, num_candidates) == min(exact, num_candidates)
