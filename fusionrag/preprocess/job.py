@@ -20,6 +20,9 @@ from fusionrag.store.base import KVStore
 from fusionrag.types import ChunkKV, KVSpec, PromptChunk
 
 
+SLOTS_PER_ROW = 8
+
+
 @dataclass(frozen=True)
 class StoredChunk:
     """One object that is in the store now; `computed` is False when it had been there before."""
@@ -45,14 +48,25 @@ class PreprocessJob:
         self._token_ids_of = token_ids_of
         self._max_rows = config.max_batch_tokens
         self._prefix = compute_prefix(model, names.prefix_ids)
-        self._arena = model.new_arena(config.num_slots(model.max_model_len))
+        # room for a batch of rows behind several times as much context, or one prompt of full length: no more is used
+        num_slots = max(model.max_model_len, SLOTS_PER_ROW * config.max_batch_tokens)
+        self._arena = model.new_arena(min(config.num_slots(model.max_model_len), num_slots))
 
     def run(self, chunks: Sequence[PromptChunk]) -> Iterator[StoredChunk]:
-        """One item per object, as soon as it is durable: first every chunk's raw KV, then the fused KV of those that
-        have related chunks. Raises PromptTooLong for a chunk that does not fit behind its related chunks."""
-        yield from self._pass(chunks, [self._names.spec(c.token_ids, "raw") for c in chunks])
+        """One item per object, as soon as it is durable: first the raw KV of `raw_chunks`, then the fused KV of those
+        that have related chunks. Raises PromptTooLong for a chunk that does not fit behind its related chunks."""
+        raw = self.raw_chunks(chunks)
+        yield from self._pass(raw, [self._names.spec(c.token_ids, "raw") for c in raw])
         fused = [c for c in chunks if c.related]
         yield from self._pass(fused, [self._names.spec(c.token_ids, "fused", c.related or ()) for c in fused])
+
+    def raw_chunks(self, chunks: Sequence[PromptChunk]) -> list[PromptChunk]:
+        """`chunks` and, behind them, their related chunks that are not among them: of other shards, or past a limit."""
+        found = {chunk.chunk_id: chunk for chunk in chunks}
+        for chunk in chunks:
+            for other in chunk.related or ():
+                found.setdefault(other, PromptChunk(other, self._token_ids_of[other]))
+        return list(found.values())
 
     def _pass(self, chunks: Sequence[PromptChunk], specs: Sequence[KVSpec]) -> Iterator[StoredChunk]:
         missing = []
@@ -100,7 +114,7 @@ class PreprocessJob:
         return tuple(self._raw(chunk_id) for chunk_id in spec.related)
 
     def _raw(self, chunk_id: str) -> ChunkKV:
-        """A related chunk's raw KV; computed here when it is missing (another shard's, or just quarantined)."""
+        """A related chunk's raw KV; computed here when it is missing (it has just been set aside as damaged)."""
         token_ids = self._token_ids_of[chunk_id]
         spec = self._names.spec(token_ids, "raw")
         hit = self._store.get(spec)

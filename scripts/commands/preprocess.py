@@ -100,7 +100,7 @@ def _set_related(catalogue: Catalogue, data_dir: DataDir, args: argparse.Namespa
 
 def _run(job: PreprocessJob, chunks: list[PromptChunk], catalogue: Catalogue, collection: str) -> int:
     """Runs the job under a progress bar in tokens, and books what is stored."""
-    tokens = sum(len(c.token_ids) * (2 if c.related else 1) for c in chunks)
+    tokens = sum(len(c.token_ids) for c in [*job.raw_chunks(chunks), *(c for c in chunks if c.related)])
     waiting: list[KVObject] = []
     num_computed = num_bytes = 0
     with tqdm(total=tokens, unit="tok", unit_scale=True, desc="preprocess", smoothing=0.1, disable=None) as bar:

@@ -173,11 +173,12 @@ def test_new_related_chunks_are_new_fused_kv_and_old_raw_kv(bench, corpus, store
 
 @pytest.mark.parametrize("num_shards", [2, 3])
 def test_shards_together_are_the_whole(num_shards, bench, corpus, store, whole):
-    """A shard needs raw KV of chunks of another's; it computes what is not there yet."""
+    """A shard needs raw KV of chunks of another's; it computes what is not there yet, and reports that too."""
     for shard in range(num_shards):
         mine = corpus[shard::num_shards]
         items = list(bench.job(corpus, store).run(mine))
-        assert {item.chunk.chunk_id for item in items} == {c.chunk_id for c in mine}
+        needed = {c.chunk_id for c in mine} | {other for c in mine for other in c.related or ()}
+        assert {item.chunk.chunk_id for item in items} == needed
     assert_same(bench, corpus, store, whole)
     assert set(store.puts.values()) == {1}  # one after the other, they never do the same work
 
