@@ -78,7 +78,7 @@ class ReuseConfig:
         "layers whose attention scores the tokens (method attention): all, late (upper half), last, or ranges: 8-19,25",
     )
     probe_rows: str = knob("tail", "rows whose attention is added up: the whole tail, or only the question's tokens")
-    normalize_layers: bool = knob(False, "scale each probed layer's attention to the same mass before adding up")
+    normalize_layers: bool = knob(True, "scale each probed layer's attention to the same mass before adding up")
     # 1 was worth +13 F1 points [1, 28] at a ratio of 0.15 (README, n = 25)
     correction: float = knob(
         1.0,
