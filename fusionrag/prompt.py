@@ -6,7 +6,7 @@ The prefix is fixed per collection (beginning of text, chat header, a short inst
 everything a caller says – system message, earlier turns, the question – goes into the tail, which is always computed.
 
 Invariants: a prompt's ids are the concatenation of its segments' ids (I2); text from documents and callers can never
-become a special token: special tokens come from the chat template alone.
+become a special token: special tokens come from the chat template alone (a plain prompt is the caller's own template).
 """
 
 from __future__ import annotations

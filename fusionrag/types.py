@@ -196,7 +196,7 @@ class KVSource(Enum):
 
     HOST = "host"
     DISK = "disk"
-    COMPUTED = "computed"  # no usable stored object: computed in place, exactly
+    COMPUTED = "computed"  # no usable stored object: computed in place, behind what stands there
 
 
 @dataclass(frozen=True)

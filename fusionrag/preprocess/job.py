@@ -19,7 +19,6 @@ from fusionrag.preprocess.passes import ChunkJob, compute_chunks
 from fusionrag.store.base import KVStore
 from fusionrag.types import ChunkKV, KVSpec, PromptChunk
 
-
 SLOTS_PER_ROW = 8
 
 
@@ -72,7 +71,8 @@ class PreprocessJob:
         missing = []
         for chunk, spec in zip(chunks, specs, strict=True):
             if self._store.contains(spec):
-                yield StoredChunk(spec, chunk, 0, computed=False)
+                bytes_per_token = self._model.shape.kv_bytes_per_token(self._model.dtype)
+                yield StoredChunk(spec, chunk, bytes_per_token * len(chunk.token_ids), computed=False)
             else:
                 missing.append((chunk, spec))
         for batch in self._batches(missing):

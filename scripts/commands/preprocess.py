@@ -106,7 +106,8 @@ def _run(job: PreprocessJob, chunks: list[PromptChunk], catalogue: Catalogue, co
     with tqdm(total=tokens, unit="tok", unit_scale=True, desc="preprocess", smoothing=0.1, disable=None) as bar:
         for stored in job.run(chunks):
             bar.update(len(stored.chunk.token_ids))
-            num_computed, num_bytes = num_computed + stored.computed, num_bytes + stored.num_bytes
+            num_computed += stored.computed
+            num_bytes += stored.num_bytes * stored.computed
             bar.set_postfix_str(f"{stored.spec.kind}, {num_computed} objects, {num_bytes / 2**20:.0f} MiB")
             waiting.append(_booked(stored))
             if len(waiting) >= BOOK_EVERY:

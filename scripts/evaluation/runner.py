@@ -177,7 +177,7 @@ class Worker:
             kl_to_full=kl_to_full(full_logits, logits),
             top1_agreement=float(full_logits.argmax() == logits.argmax()),
             recomputed_tokens=prefilled.stats.recomputed_tokens
-            if configuration.method != "full"
+            if configuration.recompute_ratio < 1
             else prefilled.num_tokens,
             prompt_tokens=prefilled.num_tokens,
             ttft_ms=prefilled.stats.ttft_ms,

@@ -22,12 +22,17 @@ def held(bench, plan, **reuse):
     prefilled.release()
     rope, span = bench.model.rope, slice(prefilled.span.start, prefilled.span.start + plan.num_tokens)
     rotated, values = engine.arena.keys[:, :, span], engine.arena.values[:, :, span].clone()
-    return ChunkKV(rope.shift(rotated, -torch.arange(plan.num_tokens)), values), prefilled
+    keys = rope.shift(rotated, -torch.arange(plan.num_tokens))
+    keys[..., : rope.rotary_dim] /= rope.scaling
+    return ChunkKV(keys, values), prefilled
 
 
-def test_corrected_tokens_move_by_the_mean_residual_of_the_recomputed_ones(bench, corpus):
-    """The definition, spelled out for one chunk, one layer, and a selection that does not depend on the correction."""
-    a, b, *_ = corpus
+@pytest.mark.parametrize("family", ["llama", "llama-yarn", "phi3-partial"])
+def test_corrected_tokens_move_by_the_mean_residual_of_the_recomputed_ones(family, make_bench):
+    """The definition, spelled out for one chunk and a selection that does not depend on the correction."""
+    bench = make_bench(family)
+    a, b = bench.chunks(23, 40)
+    bench.preprocess([a, b])
     plan, weight = bench.plan([a, b]), 0.6
     selection = {"method": "epic", "recompute_ratio": 0.2}
     plain, stats = held(bench, plan, **selection)
