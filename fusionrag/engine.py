@@ -265,7 +265,7 @@ class Engine:
         )
         selection = choose(inputs, stitched.num_reused)
         selected = selection.positions
-        live.observer = correction(self.model, self.arena, plan, stitched, selected, reuse.correction)
+        live.observer = correction(self.model, self.arena, plan, selected, reuse.correction)
         live.pending, live.stitched = recompute_positions(plan, selected), None
         live.note(probe_ms=selection.probe_ms, select_ms=selection.select_ms)
         live.stats = _with_counts(live.stats, plan, stitched, selected)

@@ -64,7 +64,6 @@ class Stitched:
     """
 
     receipts: tuple[ChunkReceipt, ...]
-    exact_chunks: frozenset[int]
     missing: torch.Tensor
     candidates: torch.Tensor
     chunk_of: torch.Tensor
@@ -98,7 +97,7 @@ def stitch_(
     chunk_of = torch.full((plan.num_tokens,), -1, dtype=torch.int64, device=device)
     place_(arena, model.rope, span, 0, prefix)
     receipts: list[ChunkReceipt] = []
-    missing, candidates, exact = [], [], set()
+    missing, candidates = [], []
     load_ms = reposition_ms = 0.0
     for i, segment in enumerate(plan.chunks):
         assert segment.chunk is not None
@@ -115,21 +114,17 @@ def stitch_(
         receipt = ChunkReceipt(segment.chunk.chunk_id, segment.num_tokens, KVSource.COMPUTED, kind)
         if hit is None:
             missing.append(positions)
-            exact.add(i)  # computed behind what really stands in front of it: nothing to select or correct
         else:
             begin = time.perf_counter()
             place_(arena, model.rope, span, segment.start, hit.kv)
             reposition_ms += (time.perf_counter() - begin) * 1e3
             receipt = replace(receipt, source=hit.source)
-            if i == 0 and kind == "raw":
-                exact.add(i)
-            else:
+            if i > 0 or kind != "raw":  # raw KV right behind the prefix is exact: nothing to select or correct
                 candidates.append(positions)
         receipts.append(receipt)
     nothing = torch.empty(0, dtype=torch.int64, device=device)
     return Stitched(
         receipts=tuple(receipts),
-        exact_chunks=frozenset(exact),
         missing=torch.cat([nothing, *missing]),
         candidates=torch.cat([nothing, *candidates]),
         chunk_of=chunk_of,

@@ -39,16 +39,14 @@ class MeanResidual:
         rope: Rope,
         plan: PromptPlan,
         selected: torch.Tensor,
-        untouched: frozenset[int],
         weight: float,
     ) -> None:
-        """untouched: indices of chunks that are exact already (the first chunk, chunks computed in place)."""
         self._arena, self._rope, self._weight = arena, rope, weight
         self._parts: list[_Part] = []
-        for i, segment in enumerate(plan.chunks):
+        for segment in plan.chunks:
             begin = int(torch.searchsorted(selected, segment.start))
             end = int(torch.searchsorted(selected, segment.stop))
-            if end == begin or i in untouched:
+            if end == begin:
                 continue
             own = selected[begin:end]
             back_cos, back_sin = rope.tables(-own)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 
 from fusionrag.arena import KVArena
-from fusionrag.layout import Stitched
 from fusionrag.model import LanguageModel
 from fusionrag.reprocess.correct import MeanResidual
 from fusionrag.types import AttentionObserver, PromptPlan
@@ -22,9 +21,9 @@ def recompute_positions(plan: PromptPlan, selected: torch.Tensor) -> torch.Tenso
 
 
 def correction(
-    model: LanguageModel, arena: KVArena, plan: PromptPlan, stitched: Stitched, selected: torch.Tensor, weight: float
+    model: LanguageModel, arena: KVArena, plan: PromptPlan, selected: torch.Tensor, weight: float
 ) -> AttentionObserver | None:
     """The observer that corrects the tokens left alone during the recompute pass, or None when there is none to do."""
     if weight == 0 or len(selected) == 0:
         return None
-    return MeanResidual(arena, model.rope, plan, selected, stitched.exact_chunks, weight)
+    return MeanResidual(arena, model.rope, plan, selected, weight)
