@@ -107,17 +107,13 @@ ORDERS = ("similarity_first", "similarity_last")
 
 @dataclass(frozen=True)
 class RetrievalConfig:
-    """Which passages stand in the prompt, and in which order."""
+    """How the passages found stand in the prompt."""
 
-    top_k: int = knob(10, "passages retrieved for a question")
-    score_threshold: float = knob(0.0, "least similarity (cosine) of a retrieved passage; 0: no threshold")
     order: str = knob(
         "similarity_last", "order in the prompt: similarity_last (nearest to the question) or similarity_first"
     )
 
     def __post_init__(self) -> None:
-        require(1 <= self.top_k <= 200, "top_k", f"must lie in [1, 200], got {self.top_k}")
-        require(0 <= self.score_threshold <= 1, "score_threshold", "must lie in [0, 1]")
         require(self.order in ORDERS, "order", f"must be one of {', '.join(ORDERS)}")
 
 

@@ -18,6 +18,8 @@ from fusionrag.prompt import PromptBuilder, Turn
 from fusionrag.reprocess.probe import parse_layers
 from fusionrag.sampling import SamplingParams
 from fusionrag.types import PromptChunk
+from index.config import SearchConfig
+from index.filters import Filter
 from index.types import ScoredChunk, chunk_id_of
 
 if TYPE_CHECKING:
@@ -42,12 +44,14 @@ class Question:
     """What a caller asks. Fields left None take the server's configuration."""
 
     turns: tuple[Turn, ...] = ()
-    collection: str | None = None
+    collections: tuple[str, ...] = ()
     documents: tuple[InlineDocument, ...] = ()
-    top_k: int | None = None
+    search: SearchConfig | None = None
+    filter: Filter | None = None  # only passages of documents whose metadata fits are found
     sampling: SamplingParams = GREEDY
     reuse: ReuseConfig | None = None
     prompt: str | None = None  # plain text: no template; no retrieval either
+    owner: str = ""  # whose collections may be read and whose stored KV may be used
 
 
 @dataclass(frozen=True)
@@ -83,9 +87,11 @@ class Rag:
         reuse: ReuseConfig,
         catalogue: Catalogue | None = None,
         retriever: Retriever | None = None,
+        search: SearchConfig | None = None,
     ) -> None:
         self.engine, self.prompts = engine, prompts
         self._retrieval, self.reuse = retrieval, reuse
+        self.search = search or SearchConfig()
         self._catalogue, self._retriever = catalogue, retriever
         parse_layers(reuse.probe_layers, engine.model.shape.num_layers)  # now, not in the first request
 
@@ -96,9 +102,6 @@ class Rag:
     @property
     def max_model_len(self) -> int:
         return self.engine.model.max_model_len
-
-    def collections(self) -> tuple[str, ...]:
-        return tuple(c.name for c in self._catalogue.collections()) if self._catalogue else ()
 
     def prepare(self, question: Question, request_id: str) -> Prepared:
         """Retrieves, builds the prompt. Raises CollectionNotFound, RequestError and their kin; see fusionrag.errors."""
@@ -117,25 +120,38 @@ class Rag:
     def _passages(self, question: Question) -> tuple[Sequence[PromptChunk], tuple[Source, ...]]:
         if question.documents:
             return self._inline(question.documents)
-        if question.collection is None:
+        if not question.collections:
             return (), ()
         if self._catalogue is None or self._retriever is None:
             raise RequestError("this server has no collections; send the passages as 'documents'", "collection")
-        collection = self._catalogue.collection(question.collection)
+        found: list[tuple[str, ScoredChunk]] = []
+        for name in dict.fromkeys(question.collections):
+            found += [(name, hit) for hit in self._hits(self._catalogue, self._retriever, name, question)]
+        search = question.search or self.search
+        found = sorted(found, key=lambda item: -item[1].score)[: search.top_k]  # stable: ties stay in their order
+        if self._retrieval.order == "similarity_last":
+            found.reverse()
+        related: dict[tuple[str, str], tuple[str, ...]] = {}
+        for name in {name for name, _ in found}:
+            ids = [hit.chunk.chunk_id for of, hit in found if of == name]
+            related |= {(name, chunk_id): others for chunk_id, others in self._catalogue.related(name, ids).items()}
+        chunks = [
+            PromptChunk(hit.chunk.chunk_id, hit.chunk.token_ids, related.get((name, hit.chunk.chunk_id)))
+            for name, hit in found
+        ]
+        return chunks, tuple(_source(i, hit) for i, (_, hit) in enumerate(found, start=1))
+
+    def _hits(self, catalogue: Catalogue, retriever: Retriever, name: str, question: Question) -> Sequence[ScoredChunk]:
+        collection = catalogue.collection(name, question.owner)
         if collection.encoder_fingerprint != self.prompts.fingerprint:
             raise ConfigError(
                 "model",
-                f"collection {question.collection!r} was chunked for another tokenizer or passage template; "
+                f"collection {name!r} was chunked for another tokenizer or passage template; "
                 "serve the model it was ingested with, or ingest it again into a new collection",
             )
         asked = question.turns[-1].content if question.turns else ""
-        top_k = question.top_k or self._retrieval.top_k
-        hits = self._retriever.search(question.collection, asked, top_k, self._retrieval.score_threshold or None)
-        if self._retrieval.order == "similarity_last":
-            hits = hits[::-1]
-        related = self._catalogue.related(question.collection, [hit.chunk.chunk_id for hit in hits])
-        chunks = [PromptChunk(hit.chunk.chunk_id, hit.chunk.token_ids, related.get(hit.chunk.chunk_id)) for hit in hits]
-        return chunks, tuple(_source(i, hit) for i, hit in enumerate(hits, start=1))
+        search = question.search or self.search
+        return retriever.search(name, asked, search.top_k, search.score_threshold or None)
 
     def _inline(self, documents: Sequence[InlineDocument]) -> tuple[Sequence[PromptChunk], tuple[Source, ...]]:
         chunks, sources = [], []

@@ -24,7 +24,7 @@ from index.types import Chunk, Collection, Document, FloatArray, IntArray, Store
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _PAGE_ROWS = 512
-_COLLECTION = "id, name, encoder_fingerprint, embedding_fingerprint, dim, revision, kv_revision"
+_COLLECTION = "id, name, owner, encoder_fingerprint, embedding_fingerprint, dim, revision, kv_revision"
 _STORED_CHUNK = (
     "SELECT c.id, c.title, c.text, c.token_ids, d.document_id, c.ordinal, c.page, d.source "
     "FROM chunks AS c JOIN documents AS d ON d.id = c.document WHERE c.collection = ?"
@@ -53,9 +53,14 @@ class Catalogue(KVLedger):
         self._database.close()
 
     def open_collection(
-        self, name: str, encoder_fingerprint: str, embedding_fingerprint: str, dim: int, create: bool = True
+        self,
+        name: str,
+        encoder_fingerprint: str,
+        embedding_fingerprint: str,
+        dim: int,
+        create: bool = True,
     ) -> Collection:
-        """The collection of this name, made first if absent and `create`.
+        """The collection of this name, whoever owns it; made first, as the operator's, if absent and `create`.
 
         Raises InvalidValue for a name other than 1 to 64 of A-Z a-z 0-9 _ . -, and CollectionMismatch where the
         collection was made with another encoder or embedding model.
@@ -76,18 +81,20 @@ class Catalogue(KVLedger):
             raise CollectionMismatch(name, "embedding model", found.embedding_fingerprint, embedding_fingerprint)
         return found
 
-    def collection(self, name: str) -> Collection:
+    def collection(self, name: str, owner: str | None = None) -> Collection:
+        """The collection of this name. With `owner`, somebody else's is as unknown as one that is not there."""
         with self._database.read() as connection:
             row = connection.execute(f"SELECT {_COLLECTION} FROM collections WHERE name = ?", (name,)).fetchone()
-        if row is None:
-            raise CollectionNotFound(name, [c.name for c in self.collections()])
-        return Collection(*row)
+        found = None if row is None else Collection(*row)
+        if found is None or owner not in (None, found.owner):
+            raise CollectionNotFound(name, [c.name for c in self.collections(owner)])
+        return found
 
-    def collections(self) -> list[Collection]:
-        """All collections, by name."""
+    def collections(self, owner: str | None = None) -> list[Collection]:
+        """All collections, or those of one owner, by name."""
         with self._database.read() as connection:
             rows = connection.execute(f"SELECT {_COLLECTION} FROM collections ORDER BY name").fetchall()
-        return [Collection(*row) for row in rows]
+        return [c for c in (Collection(*row) for row in rows) if owner in (None, c.owner)]
 
     def delete_collection(self, name: str) -> Vanished:
         """Removes the collection with all that belongs to it."""

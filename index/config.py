@@ -93,3 +93,24 @@ class VectorIndexConfig:
             "faiss_factory",
             f"must not name an IDMap (row ids are kept by the index itself), got {self.faiss_factory!r}",
         )
+
+
+SEARCH_MODES = ("dense",)
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Which passages a question finds."""
+
+    top_k: int = knob(10, "passages retrieved for a question")
+    score_threshold: float = knob(0.0, "least similarity (cosine) of a retrieved passage; 0: no threshold")
+    search_mode: str = knob("dense", "how passages are found: dense (embeddings)")
+
+    def __post_init__(self) -> None:
+        require(1 <= self.top_k <= 200, "top_k", f"must lie in [1, 200], got {self.top_k}")
+        require(0 <= self.score_threshold <= 1, "score_threshold", "must lie in [0, 1]")
+        require(
+            self.search_mode in SEARCH_MODES,
+            "search_mode",
+            f"must be one of {', '.join(SEARCH_MODES)}, got {self.search_mode!r}",
+        )

@@ -17,14 +17,21 @@ from pathlib import Path
 
 from index.errors import CatalogueError, CatalogueVersionError, StorageFull
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _BUSY_TIMEOUT_S = 60.0
 _NOT_SQLITE = "file is not a database"
 
 _SCHEMA = """
 CREATE TABLE collections (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
-    name TEXT NOT NULL UNIQUE,
+    name TEXT NOT NULL UNIQUE,  -- also the id of the vector store that it is to API clients
+    owner TEXT NOT NULL DEFAULT '',  -- name of the API key it belongs to; '': the operator's
+    title TEXT NOT NULL DEFAULT '',
+    description TEXT NOT NULL DEFAULT '',
+    metadata TEXT NOT NULL DEFAULT '{}',  -- JSON object
+    created_at INTEGER NOT NULL DEFAULT (CAST(strftime('%s', 'now') AS INTEGER)),
+    last_active_at INTEGER NOT NULL DEFAULT (CAST(strftime('%s', 'now') AS INTEGER)),
+    expires_after_days INTEGER,  -- counted from last_active_at; NULL: never
     encoder_fingerprint TEXT NOT NULL,
     embedding_fingerprint TEXT NOT NULL,
     dim INTEGER NOT NULL,
@@ -84,6 +91,47 @@ CREATE TABLE kv_seen (  -- the related chunks that a fused KV object was compute
     FOREIGN KEY (collection, digest) REFERENCES kv_objects ON DELETE CASCADE
 ) WITHOUT ROWID;
 CREATE INDEX kv_seen_by_related_id ON kv_seen (collection, related_id);
+CREATE TABLE files (  -- what was uploaded; the bytes lie in the data directory under the id
+    id TEXT PRIMARY KEY,
+    owner TEXT NOT NULL,
+    filename TEXT NOT NULL,
+    purpose TEXT NOT NULL,
+    num_bytes INTEGER NOT NULL,
+    created_at INTEGER NOT NULL,
+    expires_at INTEGER
+) WITHOUT ROWID;
+CREATE INDEX files_of_owner ON files (owner, created_at);
+CREATE TABLE file_batches (
+    id TEXT PRIMARY KEY,
+    collection INTEGER NOT NULL REFERENCES collections ON DELETE CASCADE,
+    created_at INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE collection_files (  -- uploaded files attached to a collection, and the queue of those to ingest
+    collection INTEGER NOT NULL REFERENCES collections ON DELETE CASCADE,
+    file_id TEXT NOT NULL REFERENCES files ON DELETE CASCADE,
+    batch_id TEXT REFERENCES file_batches ON DELETE SET NULL,
+    status TEXT NOT NULL CHECK (status IN ('in_progress', 'completed', 'cancelled', 'failed')),
+    error_code TEXT,
+    error_message TEXT,
+    attributes TEXT NOT NULL DEFAULT '{}',  -- JSON object
+    chunk_tokens INTEGER,  -- NULL: the server's own
+    chunk_overlap_tokens INTEGER,
+    created_at INTEGER NOT NULL,
+    PRIMARY KEY (collection, file_id)
+) WITHOUT ROWID;
+CREATE INDEX collection_files_by_file ON collection_files (file_id);
+CREATE INDEX collection_files_waiting ON collection_files (created_at) WHERE status = 'in_progress';
+CREATE TABLE responses (  -- answers kept for `previous_response_id`
+    id TEXT PRIMARY KEY,
+    owner TEXT NOT NULL,
+    created_at INTEGER NOT NULL,
+    body TEXT NOT NULL  -- JSON object
+) WITHOUT ROWID;
+CREATE TABLE api_keys (
+    name TEXT PRIMARY KEY,  -- also the owner's name
+    key_hash BLOB NOT NULL UNIQUE,  -- SHA-256 of the key
+    created_at INTEGER NOT NULL
+) WITHOUT ROWID;
 CREATE TABLE kv_garbage (digest TEXT PRIMARY KEY) WITHOUT ROWID;  -- objects whose files are still to be removed
 """
 

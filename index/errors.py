@@ -9,6 +9,8 @@
     │   ├── StorageFull             no space left; what was committed before is intact
     │   ├── CollectionNotFound      no collection of this name
     │   └── CollectionMismatch      the collection was made with another encoder or embedding model
+    ├── NotFound                    no such thing under this id, or none that the asker may see; names kind and id
+    ├── Conflict                    a change that the present state does not allow; try again later or differently
     ├── DataDirError                the data directory cannot be used
     │   └── DataDirLocked           another process holds it; names the process
     └── EmbeddingModelError         the embedding model cannot be loaded or used
@@ -26,12 +28,14 @@ __all__ = [
     "CatalogueVersionError",
     "CollectionMismatch",
     "CollectionNotFound",
+    "Conflict",
     "DataDirError",
     "DataDirLocked",
     "DocumentError",
     "EmbeddingModelError",
     "FusionRAGError",
     "InvalidValue",
+    "NotFound",
     "StorageFull",
     "UnsupportedFormat",
 ]
@@ -84,6 +88,18 @@ class CollectionNotFound(CatalogueError):
             f"`fusionrag ingest PATH --collection {name}` makes it"
         )
         self.name = name
+
+
+class NotFound(FusionRAGError):
+    """No such thing under this id, or none that the asker may see: the two cannot be told apart."""
+
+    def __init__(self, kind: str, id: str) -> None:
+        super().__init__(f"No {kind} found with id {id!r}.")
+        self.kind, self.id = kind, id
+
+
+class Conflict(FusionRAGError):
+    """The present state does not allow the change."""
 
 
 class CollectionMismatch(CatalogueError):

@@ -134,6 +134,7 @@ class Collection:
 
     collection_id: int  # never used again, even if a collection of the same name is made later
     name: str
+    owner: str  # name of the API key it belongs to; '': the operator's
     encoder_fingerprint: str
     embedding_fingerprint: str
     dim: int

@@ -21,7 +21,7 @@ from fusionrag.prompt import PromptBuilder
 from fusionrag.rag import Rag
 from fusionrag.store import open_store
 from index import Catalogue, DataDir, Embedder, Retriever
-from index.config import EmbeddingConfig, VectorIndexConfig
+from index.config import EmbeddingConfig, SearchConfig, VectorIndexConfig
 from scripts.options import build
 
 
@@ -38,7 +38,15 @@ def open_rag(args: argparse.Namespace, model: LanguageModel | None = None) -> It
     embedder.embed_question("warm up")  # loads the model now, not in the first request
     with Catalogue(data_dir.catalogue) as catalogue:
         retriever = Retriever(catalogue, data_dir, embedder, build(VectorIndexConfig, args))
-        yield Rag(engine, prompts, build(RetrievalConfig, args), build(ReuseConfig, args), catalogue, retriever)
+        yield Rag(
+            engine,
+            prompts,
+            build(RetrievalConfig, args),
+            build(ReuseConfig, args),
+            catalogue,
+            retriever,
+            build(SearchConfig, args),
+        )
 
 
 def open_prompts(args: argparse.Namespace) -> PromptBuilder:

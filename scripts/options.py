@@ -24,7 +24,7 @@ from fusionrag.config import (
     StoreConfig,
 )
 from fusionrag.errors import ConfigError
-from index.config import ChunkingConfig, EmbeddingConfig, VectorIndexConfig
+from index.config import ChunkingConfig, EmbeddingConfig, SearchConfig, VectorIndexConfig
 
 T = TypeVar("T")
 
@@ -34,6 +34,7 @@ CONFIGS: tuple[type, ...] = (
     ChunkingConfig,
     EmbeddingConfig,
     VectorIndexConfig,
+    SearchConfig,
     RetrievalConfig,
     PreprocessConfig,
     ReuseConfig,

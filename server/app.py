@@ -12,12 +12,15 @@ from starlette.exceptions import HTTPException
 from fusionrag.rag import Rag
 from index.errors import FusionRAGError
 from server.answer import Preparation
+from server.api import completions, models, operations
 from server.config import ServerConfig
 from server.errors import reply_for
 from server.metrics import Metrics
 from server.middleware import LimitBody, Recorder, RequireKey
-from server.routes import Routes
+from server.services import Services
 from server.worker import Worker
+
+AREAS = (completions, models, operations)
 
 
 def create_app(rag: Rag, worker: Worker, config: ServerConfig) -> FastAPI:
@@ -37,7 +40,9 @@ def create_app(rag: Rag, worker: Worker, config: ServerConfig) -> FastAPI:
 
     # no interactive pages: they load scripts from elsewhere
     app = FastAPI(title="FusionRAG", lifespan=lifespan, docs_url=None, redoc_url=None)
-    Routes(rag, worker, preparation, metrics, config).add_to(app)
+    services = Services(rag, worker, preparation, metrics, config)
+    for area in AREAS:
+        area.add_routes(app, services)
     for kind in (RequestValidationError, HTTPException, FusionRAGError):
         app.add_exception_handler(kind, _reply)
     app.add_middleware(LimitBody, max_body_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s)

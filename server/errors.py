@@ -27,7 +27,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from fusionrag.errors import PromptTooLong, QueueFull, RequestError
-from index.errors import CollectionNotFound, FusionRAGError
+from index.errors import CollectionNotFound, Conflict, FusionRAGError, InvalidValue, NotFound, StorageFull
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,10 @@ _KINDS = (  # the first that fits
     _Kind(QueueFull, 429, "rate_limit_error", "queue_full", {"Retry-After": "1"}),
     _Kind(RequestError, 400, "invalid_request_error", None),
     _Kind(CollectionNotFound, 404, "invalid_request_error", "collection_not_found"),
+    _Kind(NotFound, 404, "invalid_request_error", None),
+    _Kind(Conflict, 409, "invalid_request_error", "conflict"),
+    _Kind(InvalidValue, 400, "invalid_request_error", None),
+    _Kind(StorageFull, 507, "server_error", "storage_full"),
     _Kind(ModelUnknown, 404, "invalid_request_error", "model_not_found"),
     _Kind(ClientGone, 499, "invalid_request_error", "client_gone"),  # logged only: there is nobody to send it to
     _Kind(Draining, 503, "server_error", "draining", {"Retry-After": "5"}),

@@ -35,7 +35,7 @@ class Recorder:
             await self._app(scope, receive, send)
             return
         record = RequestRecord(uuid.uuid4().hex)
-        scope.setdefault("state", {})["record"] = record
+        scope.setdefault("state", {}).update(record=record, owner="")
 
         async def send_and_note(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     with open_rag(args) as rag:
         sampling = SamplingParams(max_tokens=args.max_tokens)
-        question = Question((Turn("user", args.question),), args.collection, sampling=sampling)
+        question = Question((Turn("user", args.question),), (args.collection,), sampling=sampling)
         prepared = rag.prepare(question, uuid.uuid4().hex)
         stats = _stream(rag, prepared.request)
     print_sources(prepared.sources)

@@ -26,8 +26,6 @@ NAN = float("nan")
         ("ReuseConfig", "recompute_ratio", [-0.01, 1.01, NAN, 15]),
         ("ReuseConfig", "correction", [-0.1, 1.1, NAN]),
         ("ReuseConfig", "probe_rows", ["", "all"]),
-        ("RetrievalConfig", "top_k", [0, 201, -1]),
-        ("RetrievalConfig", "score_threshold", [-0.1, 1.1, NAN]),
         ("RetrievalConfig", "order", ["", "random"]),
         ("PreprocessConfig", "num_related", [-1, 65]),
         ("PreprocessConfig", "near_duplicate", [0, 1.1, NAN]),

@@ -14,6 +14,7 @@ from fusionrag.errors import ConfigError, RequestError
 from fusionrag.prompt import PromptBuilder, Turn
 from fusionrag.rag import InlineDocument, Question, Rag, with_ratio
 from index import Catalogue, DataDir, Document, Ingestor, Retriever, Section
+from index.config import SearchConfig
 from index.errors import CollectionNotFound
 
 
@@ -51,9 +52,9 @@ def catalogue(bench, tmp_path):
 
 @pytest.fixture
 def make_rag(bench, catalogue, tmp_path):
-    def make(prompts=bench.prompts, reuse=REUSE, **retrieval):
+    def make(prompts=bench.prompts, reuse=REUSE, search=None, **retrieval):
         retriever = Retriever(catalogue, DataDir(tmp_path), LetterEmbedder())
-        return Rag(bench.engine(), prompts, RetrievalConfig(**retrieval), reuse, catalogue, retriever)
+        return Rag(bench.engine(), prompts, RetrievalConfig(**retrieval), reuse, catalogue, retriever, search)
 
     return make
 
@@ -73,7 +74,7 @@ def asking(text, **fields):
     ],
 )
 def test_passages_stand_in_the_configured_order_and_are_cited_as_they_stand(order, expected, make_rag, bench):
-    prepared = make_rag(order=order).prepare(asking("zzzz q", collection="c", top_k=3), "r")
+    prepared = make_rag(order=order).prepare(asking("zzzz q", collections=("c",), search=SearchConfig(top_k=3)), "r")
     assert [s.document_id for s in prepared.sources] == expected
     assert [s.index for s in prepared.sources] == [1, 2, 3]
     for source, segment in zip(prepared.sources, prepared.request.plan.chunks, strict=True):
@@ -87,20 +88,22 @@ def test_passages_stand_in_the_configured_order_and_are_cited_as_they_stand(orde
 
 
 def test_what_a_question_leaves_open_is_as_configured(make_rag):
-    rag = make_rag(top_k=2)
-    prepared = rag.prepare(asking("zzz", collection="c"), "r")
+    rag = make_rag(search=SearchConfig(top_k=2))
+    prepared = rag.prepare(asking("zzz", collections=("c",)), "r")
     assert len(prepared.sources) == 2 and prepared.request.reuse == rag.reuse
-    own = rag.prepare(asking("zzz", collection="c", top_k=4, reuse=ReuseConfig(method="full")), "r")
+    own = rag.prepare(
+        asking("zzz", collections=("c",), search=SearchConfig(top_k=4), reuse=ReuseConfig(method="full")), "r"
+    )
     assert len(own.sources) == 4 and own.request.reuse.method == "full"
 
 
 def test_passages_below_the_threshold_are_left_out(make_rag):
-    prepared = make_rag(score_threshold=0.5).prepare(asking("zzz", collection="c"), "r")
+    prepared = make_rag(search=SearchConfig(score_threshold=0.5)).prepare(asking("zzz", collections=("c",)), "r")
     assert {s.document_id for s in prepared.sources} == {"zebras", "zebras and queens"}
 
 
 def test_retrieval_is_timed_from_the_arrival(make_rag):
-    prepared = make_rag().prepare(asking("zzz", collection="c"), "r")
+    prepared = make_rag().prepare(asking("zzz", collections=("c",)), "r")
     assert prepared.request.retrieve_ms > 0
     stats = make_rag().engine.generate(prepared.request)[0].stats
     assert stats.phases.retrieve_ms == prepared.request.retrieve_ms < stats.ttft_ms
@@ -111,7 +114,7 @@ def test_related_chunks_come_from_the_catalogue_and_their_fused_kv_from_the_stor
     related = {chunk_id: (ids[i - 1], ids[i - 2]) for i, chunk_id in enumerate(ids)}
     catalogue.set_related("c", related)
     rag = make_rag()
-    prepared = rag.prepare(asking("zzzz q", collection="c"), "r")
+    prepared = rag.prepare(asking("zzzz q", collections=("c",)), "r")
     chunks = [segment.chunk for segment in prepared.request.plan.chunks]
     assert {c.chunk_id: c.related for c in chunks} == related
     bench.preprocess(chunks)
@@ -124,14 +127,13 @@ def test_related_chunks_come_from_the_catalogue_and_their_fused_kv_from_the_stor
 def test_a_collection_chunked_for_another_tokenizer_is_refused(make_rag, make_tokenizer):
     other = PromptBuilder(make_tokenizer(merges=[("a", "b")]), make_rag().prompts._config)
     with pytest.raises(ConfigError, match="model: collection 'c' was chunked for another tokenizer"):
-        make_rag(prompts=other).prepare(asking("zzz", collection="c"), "r")
+        make_rag(prompts=other).prepare(asking("zzz", collections=("c",)), "r")
 
 
 def test_a_collection_that_is_not_there_is_named(make_rag):
     rag = make_rag()
-    assert rag.collections() == ("c",)
     with pytest.raises(CollectionNotFound, match="'d'"):
-        rag.prepare(asking("zzz", collection="d"), "r")
+        rag.prepare(asking("zzz", collections=("d",)), "r")
 
 
 # --- without collections ----------------------------------------------------------------------------------------------
@@ -155,7 +157,7 @@ def test_passages_that_a_request_brings_are_used_in_their_order(bare, bench):
 
 def test_a_passage_brought_along_reuses_the_kv_of_the_same_passage_in_a_collection(make_rag, bench):
     rag = make_rag()
-    stored = rag.prepare(asking("q", collection="c", top_k=4), "r").request.plan.chunks
+    stored = rag.prepare(asking("q", collections=("c",), search=SearchConfig(top_k=4)), "r").request.plan.chunks
     bench.preprocess([segment.chunk for segment in stored])
     document = InlineDocument("Zebras", TEXTS["zebras"])
     stats = rag.engine.generate(rag.prepare(asking("q", documents=(document,)), "r").request)[-1].stats
@@ -165,12 +167,11 @@ def test_a_passage_brought_along_reuses_the_kv_of_the_same_passage_in_a_collecti
 def test_a_question_may_do_without_passages(bare):
     prepared = bare.prepare(asking("who"), "r")
     assert prepared.sources == () and prepared.request.plan.chunks == ()
-    assert bare.collections() == ()
 
 
 def test_a_server_without_collections_says_so(bare):
     with pytest.raises(RequestError, match="no collections") as error:
-        bare.prepare(asking("who", collection="c"), "r")
+        bare.prepare(asking("who", collections=("c",)), "r")
     assert error.value.field == "collection"
 
 
@@ -203,3 +204,17 @@ def test_a_method_or_ratio_that_does_not_exist_is_refused_by_name(method, ratio,
     with pytest.raises(ConfigError, match=f"^{field}: ") as error:
         with_ratio(ReuseConfig(), method, ratio)
     assert error.value.field == field
+
+
+def test_somebody_elses_collection_is_as_unknown_as_one_that_is_not_there(make_rag):
+    with pytest.raises(CollectionNotFound, match="existing: none"):
+        make_rag().prepare(asking("zzz", collections=("c",), owner="somebody else"), "r")
+
+
+def test_passages_of_several_collections_compete_by_score(make_rag, bench, catalogue):
+    more = Document("more", "More", (Section("", "zzz zzzz zzz"),), "more.txt")
+    Ingestor(catalogue, bench.prompts, LetterEmbedder()).add_documents([more], "d")
+    prepared = make_rag().prepare(asking("zzz", collections=("c", "d", "c"), search=SearchConfig(top_k=2)), "r")
+    assert {s.document_id for s in prepared.sources} == {"zebras", "more"}
+    scores = [s.score for s in prepared.sources]
+    assert scores == sorted(scores)

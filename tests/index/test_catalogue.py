@@ -258,7 +258,7 @@ def test_a_catalogue_of_another_schema_version_is_refused_and_left_alone(data_di
     with sqlite3.connect(data_dir.catalogue) as connection:
         connection.execute("PRAGMA user_version = 99")
     connection.close()
-    with pytest.raises(CatalogueVersionError, match="version 99, this program reads version 1"):
+    with pytest.raises(CatalogueVersionError, match="version 99, this program reads version 2"):
         Catalogue(data_dir.catalogue)
 
 

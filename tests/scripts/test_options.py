@@ -7,8 +7,10 @@ from dataclasses import fields
 
 import pytest
 
-from fusionrag.config import ModelConfig, RetrievalConfig, ReuseConfig
+from fusionrag.config import ModelConfig, ReuseConfig
 from fusionrag.errors import ConfigError
+from index.config import SearchConfig
+from index.errors import InvalidValue
 from scripts.options import add_config_flags, all_configs, build, read_file
 
 
@@ -41,10 +43,10 @@ def test_no_flags_and_no_file_give_the_defaults():
 
 def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path):
     file = tmp_path / "c.toml"
-    file.write_text('top_k = 7\norder = "similarity_first"\n')
-    assert build(RetrievalConfig, parse(RetrievalConfig, config=file)).top_k == 7
-    found = build(RetrievalConfig, parse(RetrievalConfig, "--top-k", "3", config=file))
-    assert (found.top_k, found.order) == (3, "similarity_first")
+    file.write_text("top_k = 7\nscore_threshold = 0.5\n")
+    assert build(SearchConfig, parse(SearchConfig, config=file)).top_k == 7
+    found = build(SearchConfig, parse(SearchConfig, "--top-k", "3", config=file))
+    assert (found.top_k, found.score_threshold) == (3, 0.5)
 
 
 def test_a_boolean_can_be_switched_both_ways():
@@ -73,8 +75,8 @@ def test_a_whole_number_in_the_file_is_a_float_where_one_is_wanted(tmp_path):
 def test_a_bad_file_is_refused_and_the_key_is_named(tmp_path, text, named):
     file = tmp_path / "c.toml"
     file.write_text(text)
-    with pytest.raises(ConfigError, match=named):
-        build(RetrievalConfig, parse(RetrievalConfig, config=file))
+    with pytest.raises((ConfigError, InvalidValue), match=named):
+        build(SearchConfig, parse(SearchConfig, config=file))
 
 
 def test_a_missing_file_is_refused(tmp_path):

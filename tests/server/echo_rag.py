@@ -22,6 +22,7 @@ from fusionrag.errors import PromptTooLong, QueueFull
 from fusionrag.rag import Prepared, Question, Source
 from fusionrag.sampling import SamplingParams
 from fusionrag.types import ChunkReceipt, KVSource, Phases, RequestStats, TokenEvent
+from index.config import SearchConfig
 from index.errors import CollectionNotFound
 from server.app import create_app
 from server.config import ServerConfig
@@ -120,19 +121,18 @@ class EchoRag:
     model_name: str = MODEL
     max_model_len: int = 64
     reuse: ReuseConfig = field(default_factory=ReuseConfig)
-
-    def collections(self) -> tuple[str, ...]:
-        return ("planets",)
+    search: SearchConfig = field(default_factory=SearchConfig)
 
     def prepare(self, question: Question, request_id: str) -> Prepared:
         self.questions.append(question)
         time.sleep(self.prepare_s)
-        if question.collection not in (None, *self.collections()):
-            raise CollectionNotFound(question.collection, self.collections())
+        for name in question.collections:
+            if name != "planets":
+                raise CollectionNotFound(name, ["planets"])
         words = tuple((question.prompt or question.turns[-1].content).split())
         if len(words) > self.max_model_len:
             raise PromptTooLong(f"the prompt has {len(words)} tokens, but at most {self.max_model_len} fit")
-        sources = SOURCES if question.collection else ()
+        sources = SOURCES if question.collections else ()
         for i, document in enumerate(question.documents, 1):
             sources += (Source(i, f"c{i}", document.document_id, document.title, "", document.text, None, None),)
         return Prepared(EchoRequest(request_id, words, question.sampling), sources)

@@ -9,7 +9,7 @@ from openai.types.completion_create_params import CompletionCreateParamsBase as 
 from fusionrag.rag import InlineDocument, Turn
 from fusionrag.sampling import SamplingParams
 from server.config import ServerConfig
-from server.protocol import ChatCompletionRequest, CompletionRequest
+from server.protocol.completions import ChatCompletionRequest, CompletionRequest
 from tests.server.echo_rag import MODEL, EchoRag, chat, open_app
 
 pytestmark = pytest.mark.anyio
@@ -231,7 +231,7 @@ async def test_documents_are_used_instead_of_any_collection(rag: EchoRag) -> Non
     async with open_app(rag, ServerConfig(default_collection="planets")) as client:
         reply = await client.post(CHAT, json=chat(documents=[document]))
     assert rag.questions[0].documents == (InlineDocument("Moon", "The moon is grey.", "m"),)
-    assert rag.questions[0].collection is None
+    assert rag.questions[0].collections == ()
     assert [s["title"] for s in reply.json()["sources"]] == ["Moon"]
 
 
@@ -239,5 +239,5 @@ async def test_the_default_collection_answers_chats_but_not_plain_prompts(rag: E
     async with open_app(rag, ServerConfig(default_collection="planets")) as client:
         await client.post(CHAT, json=chat(retrieval_top_k=3))
         await client.post(TEXT, json={"model": MODEL, "prompt": "x"})
-    assert [q.collection for q in rag.questions] == ["planets", None]
-    assert [q.top_k for q in rag.questions] == [3, None]
+    assert [q.collections for q in rag.questions] == [("planets",), ()]
+    assert [q.search and q.search.top_k for q in rag.questions] == [3, None]

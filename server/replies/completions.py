@@ -146,19 +146,6 @@ class TextCompletion(BaseModel):
     sources: list[SourceReply] | None = Field(default=None, exclude_if=_is_none)
 
 
-class ModelCard(BaseModel):
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "fusionrag"
-    max_model_len: int
-
-
-class ModelList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[ModelCard]
-
-
 def usage_reply(stats: RequestStats) -> Usage:
     chunks = [
         ChunkReply(

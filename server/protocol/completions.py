@@ -1,8 +1,6 @@
-"""The requests of the OpenAI API as this server reads them.
+"""Requests for completions as this server reads them; ranges are checked by SamplingParams, ReuseConfig and their kin.
 
-Rule: no parameter is silently ignored. What is honoured has its type here (and its range in SamplingParams and
-ReuseConfig); what OpenAI defines but this server lacks is accepted at the value that means "off", because official
-clients send those, and refused at any other; everything else is unknown and refused by name. Knows nothing of HTTP.
+Knows nothing of HTTP.
 
 Extensions, sent through the official client's `extra_body`: `top_k`, `min_p`, `repetition_penalty` and `ignore_eos`;
 for chats also `collection`, `documents`, `retrieval_top_k`, `recompute_ratio` and `method`.
@@ -10,42 +8,20 @@ for chats also `collection`, `documents`, `retrieval_top_k`, `recompute_ratio` a
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field
 
 from fusionrag.config import ReuseConfig
 from fusionrag.errors import ConfigError, RequestError
 from fusionrag.rag import InlineDocument, Question, Turn, with_ratio
 from fusionrag.sampling import SamplingParams
+from index.config import SearchConfig
+from index.errors import InvalidValue
+from server.protocol.common import MAX_NAME, Body, Strict, joined_text, only
 
 MAX_STOPS = 4
-MAX_NAME = 256  # characters; names come back in errors and logs
-
-
-def only(*allowed: object) -> AfterValidator:
-    """Accepts these values, told apart by type as well (False is not 0): the ones that ask for nothing."""
-
-    def check(value: object) -> object:
-        if value is None or any(value == a and type(value) is type(a) for a in allowed):
-            return value
-        choices = " or ".join([json.dumps(a) for a in allowed] + ["null"])
-        raise ValueError(f"this server does not support it; leave it out (or send {choices})")
-
-    return AfterValidator(check)
-
-
-def _joined_text(content: object) -> object:
-    """The text of a message: a string, or a list of text parts, which are joined by line breaks."""
-    if not isinstance(content, list):
-        return content
-    for i, part in enumerate(content):
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise ValueError(f"part {i} is {kind!r}; only parts {{'type': 'text', 'text': …}} are supported")
-    return "\n".join(part["text"] for part in content)
 
 
 def _listed(value: object) -> object:
@@ -61,15 +37,11 @@ def _single(value: object) -> object:
     return value
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class Message(_Strict):
+class Message(Strict):
     """One turn. Clients send assistant turns back as they got them, so an assistant's empty fields are accepted."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_joined_text)]
+    content: Annotated[str, BeforeValidator(joined_text)]
     name: Annotated[Any, only()] = None
     refusal: Annotated[Any, only()] = None
     audio: Annotated[Any, only()] = None
@@ -78,7 +50,7 @@ class Message(_Strict):
     annotations: list[Any] | None = None  # our own citations, coming back: nothing to honour
 
 
-class RequestDocument(_Strict):
+class RequestDocument(Strict):
     """A passage that the request brings along."""
 
     text: str = Field(min_length=1)
@@ -86,12 +58,12 @@ class RequestDocument(_Strict):
     id: str = ""
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool | None = None
     include_obfuscation: Annotated[Any, only(False)] = None
 
 
-class GenerationRequest(_Strict):
+class GenerationRequest(Body):
     """What both completion endpoints take. Sampling is greedy unless asked for: an answer from documents should be
     the same twice (OpenAI's own default is temperature 1)."""
 
@@ -116,18 +88,6 @@ class GenerationRequest(_Strict):
     frequency_penalty: Annotated[Any, only(0, 0.0)] = None
     presence_penalty: Annotated[Any, only(0, 0.0)] = None
     logit_bias: Annotated[Any, only({})] = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _is_text(cls, body: object) -> object:
-        """JSON can spell half a surrogate pair, which is no character and breaks tokenizers and encoders alike."""
-        try:
-            json.dumps(body if isinstance(body, dict) else None, ensure_ascii=False).encode()
-        except RecursionError as error:
-            raise ValueError("the body is nested too deeply") from error
-        except UnicodeEncodeError as error:
-            raise ValueError(f"the body holds half a surrogate pair: {error.object[error.start]!a}") from error
-        return body
 
     @property
     def include_usage(self) -> bool:
@@ -189,7 +149,9 @@ class ChatCompletionRequest(GenerationRequest):
         sampling = super().sampling()
         return replace(sampling, max_tokens=limits.pop()) if limits else sampling
 
-    def question(self, default_collection: str, default_reuse: ReuseConfig) -> Question:
+    def question(
+        self, owner: str, default_collection: str, default_reuse: ReuseConfig, default_search: SearchConfig
+    ) -> Question:
         """Raises RequestError naming the parameter at fault."""
         self.check_stream_options()
         if self.messages[-1].role != "user":
@@ -198,20 +160,30 @@ class ChatCompletionRequest(GenerationRequest):
             raise RequestError("the last message is empty: there is no question to answer", "messages")
         return Question(
             turns=tuple(Turn("system" if m.role == "developer" else m.role, m.content) for m in self.messages),
-            collection=self._collection(default_collection),
+            collections=self._collections(default_collection),
             documents=tuple(InlineDocument(d.title, d.text, d.id) for d in self.documents or ()),
-            top_k=self.retrieval_top_k,
+            search=self._search(default_search),
             sampling=self.sampling(),
             reuse=self._reuse(default_reuse),
+            owner=owner,
         )
 
-    def _collection(self, default_collection: str) -> str | None:
+    def _collections(self, default_collection: str) -> tuple[str, ...]:
         if self.collection and self.documents:
             raise RequestError("name a collection or send documents, not both", "documents")
         collection = None if self.documents else self.collection or default_collection or None
         if self.retrieval_top_k is not None and collection is None:
             raise RequestError("retrieval_top_k needs a collection to retrieve from", "retrieval_top_k")
-        return collection
+        return (collection,) if collection else ()
+
+    def _search(self, default: SearchConfig) -> SearchConfig | None:
+        """The server's search with this request's changes; None when there are none."""
+        if self.retrieval_top_k is None:
+            return None
+        try:
+            return replace(default, top_k=self.retrieval_top_k)
+        except InvalidValue as error:
+            raise RequestError(str(error), "retrieval_top_k") from error
 
     def _reuse(self, default: ReuseConfig) -> ReuseConfig | None:
         """The server's way of reuse with this request's changes; None when there are none."""
@@ -233,7 +205,7 @@ class CompletionRequest(GenerationRequest):
     logprobs: Annotated[Any, only()] = None
     suffix: Annotated[Any, only()] = None
 
-    def question(self) -> Question:
+    def question(self, owner: str) -> Question:
         """Raises RequestError naming the parameter at fault."""
         self.check_stream_options()
-        return Question(prompt=self.prompt, sampling=self.sampling())
+        return Question(prompt=self.prompt, sampling=self.sampling(), owner=owner)
