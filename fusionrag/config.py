@@ -107,14 +107,18 @@ ORDERS = ("similarity_first", "similarity_last")
 
 @dataclass(frozen=True)
 class RetrievalConfig:
-    """How the passages found stand in the prompt."""
+    """What is searched with, and how the passages found stand in the prompt."""
 
     order: str = knob(
         "similarity_last", "order in the prompt: similarity_last (nearest to the question) or similarity_first"
     )
+    history_turns: int = knob(
+        1, "earlier questions of a conversation, with their answers, that are searched with beside the last; 0: none"
+    )
 
     def __post_init__(self) -> None:
         require(self.order in ORDERS, "order", f"must be one of {', '.join(ORDERS)}")
+        require(0 <= self.history_turns <= 16, "history_turns", f"must lie in [0, 16], got {self.history_turns}")
 
 
 @dataclass(frozen=True)
@@ -152,11 +156,19 @@ class EngineConfig:
     max_batch_tokens: int = knob(1024, "rows of one forward pass; longer prefills are split over several steps")
     max_num_requests: int = knob(16, "requests that run at the same time")
     max_queue: int = knob(256, "requests that may wait; one more is refused")
+    background_share: float = knob(
+        0.1, "share of the engine's time that computing stored KV may take while requests are running, 0 to 0.9"
+    )
+    background_tokens: int = knob(
+        256, "rows of one background pass, at least one chunk; a request that comes in waits for its end"
+    )
 
     def __post_init__(self) -> None:
         require(self.max_batch_tokens >= 16, "max_batch_tokens", "must be at least 16")
         require(self.max_num_requests >= 1, "max_num_requests", "must be at least 1")
         require(self.max_queue >= 0, "max_queue", "must not be negative")
+        require(0 <= self.background_share <= 0.9, "background_share", "must lie in [0, 0.9]")
+        require(self.background_tokens >= 16, "background_tokens", "must be at least 16")
         require(self.arena_tokens >= 0, "arena_tokens", "must be 0 (automatic) or positive")
 
     def num_slots(self, max_model_len: int) -> int:

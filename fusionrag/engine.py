@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from fusionrag.config import EngineConfig, ReuseConfig
+from fusionrag.cost import PrefillClock
 from fusionrag.errors import FusionRAGError, PromptTooLong, QueueFull
 from fusionrag.layout import Naming, Stitched, compute_prefix, naming, stitch_
 from fusionrag.model import LanguageModel
@@ -56,6 +57,8 @@ class EngineRequest:
     reuse: ReuseConfig
     arrival: float = field(default_factory=time.perf_counter)
     retrieve_ms: float = 0.0
+    owner: str = ""  # whose stored KV may be used
+    explain: bool = False  # say which tokens were recomputed
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,8 @@ class Engine:
     def __init__(self, model: LanguageModel, store: KVStore, config: EngineConfig, kv_codec: str = "none") -> None:
         self.model, self.store, self.config = model, store, config
         self.arena = model.new_arena(config.num_slots(model.max_model_len))
-        self._kv_codec = kv_codec
+        self.kv_codec = kv_codec
+        self._clock = PrefillClock(model)
         self._prefixes: dict[tuple[int, ...], tuple[Naming, ChunkKV]] = {}
         self._waiting: deque[EngineRequest] = deque()
         self._live: list[LiveRequest] = []
@@ -129,11 +133,16 @@ class Engine:
         return EngineLoad(len(self._live), len(self._waiting), slots, slots - self.arena.num_free)
 
     def prefix(self, prefix_ids: tuple[int, ...]) -> tuple[Naming, ChunkKV]:
-        """The naming of stored KV behind this prefix, and the prefix's own KV, computed once."""
+        """The naming of the operator's stored KV behind this prefix, and the prefix's own KV, computed once."""
         if prefix_ids not in self._prefixes:
-            names = naming(self.model, self._kv_codec, prefix_ids)
+            names = naming(self.model, self.kv_codec, prefix_ids)
             self._prefixes[prefix_ids] = (names, compute_prefix(self.model, prefix_ids))
         return self._prefixes[prefix_ids]
+
+    def calibrate(self) -> None:
+        """Measures this machine, so that the time of a full prefill can be predicted from the first request on."""
+        assert not self.has_work
+        self._clock.calibrate(self.arena)
 
     def submit(self, request: EngineRequest) -> None:
         """Queues a request. Raises PromptTooLong or QueueFull; nothing is kept then."""
@@ -164,6 +173,7 @@ class Engine:
         if not shares:
             return events
         groups = [_live(share).take(share.num_rows) for share in shares]
+        begin = time.perf_counter()
         try:
             logits = self.model.forward(groups, self.arena)
         except Exception as error:  # every request of this pass is lost, the engine is not
@@ -172,6 +182,8 @@ class Engine:
             if self._num_failed >= MAX_FAILED_PASSES:
                 raise  # not this request's fault: whoever runs the engine must know
             return events + [self._fail(_live(share), error) for share in shares]
+        if self.model.device.type == "cpu":  # elsewhere the pass is still running, and the rate does not change
+            self._clock.observe(groups, time.perf_counter() - begin)
         self._num_failed = row = 0
         for share, group in zip(shares, groups, strict=True):
             event = self._advance(share, logits[row] if group.num_logits else None)
@@ -246,6 +258,7 @@ class Engine:
             live.prefill_begin = time.perf_counter()
             return
         names, prefix = self.prefix(plan.prefix.token_ids)
+        names = replace(names, owner=live.request.owner)
         stitched = stitch_(self.model, self.arena, live.span, plan, self.store, names, prefix, reuse)
         live.note(load_ms=stitched.load_ms, reposition_ms=stitched.reposition_ms)
         live.stitched, live.pending = stitched, stitched.missing
@@ -268,7 +281,7 @@ class Engine:
         live.observer = correction(self.model, self.arena, plan, selected, reuse.correction)
         live.pending, live.stitched = recompute_positions(plan, selected), None
         live.note(probe_ms=selection.probe_ms, select_ms=selection.select_ms)
-        live.stats = _with_counts(live.stats, plan, stitched, selected)
+        live.stats = _with_counts(live.stats, plan, stitched, selected, live.request.explain)
         live.prefill_begin = time.perf_counter()
 
     def _advance(self, share: Share, logits: torch.Tensor | None) -> TokenEvent | None:
@@ -294,7 +307,8 @@ class Engine:
         if is_first:
             now = time.perf_counter()
             live.note(recompute_ms=(begin - live.prefill_begin) * 1e3, sample_ms=(now - begin) * 1e3)
-            live.stats = replace(live.stats, ttft_ms=(now - live.request.arrival) * 1e3)
+            ttft_ms = (now - live.request.arrival) * 1e3
+            live.stats = replace(live.stats, ttft_ms=ttft_ms, predicted_full_ms=self._predicted_full_ms(live))
             live.observer, live.is_decoding = None, True
         finish: FinishReason | None = step.finished
         text = step.text
@@ -308,6 +322,11 @@ class Engine:
             self._release(live)
         stats = live.stats if is_first or finish else None
         return TokenEvent(live.request.request_id, text, token_id, finish, stats)
+
+    def _predicted_full_ms(self, live: LiveRequest) -> float | None:
+        """Time to first token of full prefill: what this request waited, and a dense pass over its prompt."""
+        prefill_ms, phases = self._clock.prefill_ms(live.plan.num_tokens), live.stats.phases
+        return None if prefill_ms is None else phases.queue_ms + phases.retrieve_ms + prefill_ms + phases.sample_ms
 
     def _fail(self, live: LiveRequest, error: Exception) -> TokenEvent:
         if not isinstance(error, FusionRAGError):
@@ -348,10 +367,18 @@ def _live(share: Share) -> LiveRequest:
     return share.request
 
 
-def _with_counts(stats: RequestStats, plan: PromptPlan, stitched: Stitched, selected: torch.Tensor) -> RequestStats:
+def _with_counts(
+    stats: RequestStats, plan: PromptPlan, stitched: Stitched, selected: torch.Tensor, explain: bool
+) -> RequestStats:
     """Token counts and receipts, known once the selection is."""
     per_chunk = torch.bincount(stitched.chunk_of[selected], minlength=len(plan.chunks)).tolist()
     chunks = tuple(replace(r, num_recomputed=per_chunk[i]) for i, r in enumerate(stitched.receipts))
+    if explain:
+        positions = selected.tolist()
+        chunks = tuple(
+            replace(r, recomputed=_runs([p - s.start for p in positions if s.start <= p < s.stop]))
+            for r, s in zip(chunks, plan.chunks, strict=True)
+        )
     return replace(
         stats,
         reused_tokens=plan.prefix.num_tokens + stitched.num_reused - len(selected),
@@ -359,3 +386,10 @@ def _with_counts(stats: RequestStats, plan: PromptPlan, stitched: Stitched, sele
         computed_tokens=plan.tail.num_tokens + len(stitched.missing),
         chunks=chunks,
     )
+
+
+def _runs(positions: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Ascending positions as runs [begin, end)."""
+    starts = [p for i, p in enumerate(positions) if i == 0 or positions[i - 1] != p - 1]
+    ends = [p + 1 for i, p in enumerate(positions) if i + 1 == len(positions) or positions[i + 1] != p + 1]
+    return tuple(zip(starts, ends, strict=True))

@@ -10,6 +10,7 @@ FusionRAGError
 │   ├── PromptTooLong      prompt (plus max_tokens) exceeds the context or the arena
 │   ├── InvalidSampling    a sampling parameter is out of range
 │   └── QueueFull          too many requests are waiting; try again later
+├── ArenaFull              no room for a background pass beside the live requests; try again later
 └── StoreError             the store cannot be written (a bad *object* is never an error: it is recomputed)
 """
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 from index.errors import FusionRAGError
 
 __all__ = [
+    "ArenaFull",
     "ConfigError",
     "FusionRAGError",
     "InvalidSampling",
@@ -49,6 +51,10 @@ class ModelNotFound(ModelError):
 
 class UnsupportedModel(ModelError):
     """An architecture, RoPE kind or attention variant whose KV cannot be reused safely."""
+
+
+class ArenaFull(FusionRAGError):
+    """No room for a background pass beside the live requests."""
 
 
 class RequestError(FusionRAGError):

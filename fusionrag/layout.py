@@ -32,15 +32,25 @@ from fusionrag.types import (
 
 @dataclass(frozen=True)
 class Naming:
-    """The part of a `KVSpec` that is the same for all chunks of one model, prefix and codec."""
+    """The part of a `KVSpec` that is the same for all chunks of one model, prefix, codec and owner."""
 
     model_fingerprint: str
     dtype: str
     codec: str
     prefix_ids: tuple[int, ...]
+    owner: str = ""
 
     def spec(self, token_ids: Sequence[int], kind: KVKind, related: tuple[str, ...] = ()) -> KVSpec:
-        return KVSpec(self.model_fingerprint, self.dtype, self.codec, self.prefix_ids, tuple(token_ids), kind, related)
+        return KVSpec(
+            self.model_fingerprint,
+            self.dtype,
+            self.codec,
+            self.prefix_ids,
+            tuple(token_ids),
+            kind,
+            related,
+            self.owner,
+        )
 
     def candidates(self, chunk: PromptChunk, is_first: bool, first_chunk_raw: bool) -> tuple[KVSpec, ...]:
         """The objects that may stand for a chunk, best first: raw is exact behind the prefix, else fused is nearer."""
@@ -50,8 +60,8 @@ class Naming:
         return (self.spec(chunk.token_ids, "fused", chunk.related), raw)
 
 
-def naming(model: LanguageModel, codec: str, prefix_ids: tuple[int, ...]) -> Naming:
-    return Naming(model.fingerprint, str(model.dtype).removeprefix("torch."), codec, prefix_ids)
+def naming(model: LanguageModel, codec: str, prefix_ids: tuple[int, ...], owner: str = "") -> Naming:
+    return Naming(model.fingerprint, str(model.dtype).removeprefix("torch."), codec, prefix_ids, owner)
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,16 @@ class LanguageModel:
             torch.cuda.synchronize(self.device)
 
     @cached_property
+    def num_active_parameters(self) -> int:
+        """Parameters that every row meets: no embeddings and no head; of experts, those that are chosen."""
+        config = self._hf.config
+        experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 1
+        share = getattr(config, "num_experts_per_tok", experts) / experts
+        embedding = self._hf.get_input_embeddings().weight
+        weights = {n: w for n, w in self._decoder.named_parameters() if w.ndim > 1 and w is not embedding}
+        return int(sum(w.numel() * (share if ".experts." in n else 1) for n, w in weights.items()))
+
+    @cached_property
     def eos_ids(self) -> frozenset[int]:
         """Every token that ends an answer: the tokenizer's and the generation config's."""
         ids = [self.tokenizer.eos_token_id]

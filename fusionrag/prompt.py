@@ -15,7 +15,8 @@ import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
 
 from fusionrag.config import PromptConfig
 from fusionrag.errors import ConfigError, RequestError
@@ -26,6 +27,7 @@ from fusionrag.types import PromptChunk, PromptPlan, Segment, SegmentKind
 # date keeps prefix and stored KV valid tomorrow. Functions cannot be given to a template, but a macro hides one.
 TEMPLATE_DATE = "26 Jul 2024"
 _FIXED_DATE = "{% macro strftime_now(format) %}" + TEMPLATE_DATE + "{% endmacro %}"
+Offsets: TypeAlias = tuple[tuple[int, int], ...]
 _MARK = "\ue000{}\ue001"  # private-use characters: no template or tokenizer gives them a meaning
 _CHUNKS = _MARK.format("chunks")
 
@@ -49,7 +51,7 @@ class PromptBuilder:
         self._prefix_text, _ = self._render((Turn("user", "?"),))
         self.prefix_ids: tuple[int, ...] = tuple(self._encode(self._prefix_text, {})[0])
 
-    @property
+    @cached_property  # spelling out a tokenizer takes a tenth of a second
     def fingerprint(self) -> str:
         """Changes whenever a chunk's ids could change; a collection keeps it (see index.types.ChunkEncoder)."""
         templates = f"{self._config.chunk_template!r}|{self._config.untitled_chunk_template!r}"
@@ -59,6 +61,14 @@ class PromptBuilder:
         """Token ids of a whole passage, template included. Text that looks like a special token stays text."""
         template = self._config.chunk_template if title else self._config.untitled_chunk_template
         return self._plain_ids(template.format(title=title, text=text))[0]
+
+    def text_offsets(self, title: str, text: str) -> Offsets:
+        """For each id of `encode(title, text)`, the characters [begin, end) of `text` it stands for; (0, 0): none."""
+        template = self._config.chunk_template if title else self._config.untitled_chunk_template
+        start = len(template.partition("{text}")[0].format(title=title))
+        _, offsets = self._plain_ids(template.format(title=title, text=text))
+        clipped = [(min(max(a - start, 0), len(text)), min(max(b - start, 0), len(text))) for a, b in offsets]
+        return tuple((a, b) if a < b else (0, 0) for a, b in clipped)
 
     def plan(self, chunks: Sequence[PromptChunk], turns: Sequence[Turn]) -> PromptPlan:
         """The prompt that answers the last turn, which must be the user's, from `chunks` in the order given."""

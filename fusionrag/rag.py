@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 from fusionrag.config import RetrievalConfig, ReuseConfig
 from fusionrag.engine import Engine, EngineRequest
 from fusionrag.errors import ConfigError, RequestError
-from fusionrag.prompt import PromptBuilder, Turn
+from fusionrag.prompt import Offsets, PromptBuilder, Turn
 from fusionrag.reprocess.probe import parse_layers
 from fusionrag.sampling import SamplingParams
-from fusionrag.types import PromptChunk
+from fusionrag.types import ChunkReceipt, PromptChunk
 from index.config import SearchConfig
 from index.filters import Filter
-from index.types import ScoredChunk, chunk_id_of
+from index.types import ScoredChunk, TextEmbedder, chunk_id_of
 
 if TYPE_CHECKING:
     from index import Catalogue, Retriever
@@ -52,6 +52,7 @@ class Question:
     reuse: ReuseConfig | None = None
     prompt: str | None = None  # plain text: no template; no retrieval either
     owner: str = ""  # whose collections may be read and whose stored KV may be used
+    explain: bool = False  # say which parts of the passages were recomputed
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,11 @@ class Prepared:
 
     request: EngineRequest
     sources: tuple[Source, ...]
+    offsets: tuple[Offsets, ...] = ()  # of each source's tokens in its text; only where an explanation is wanted
+
+    def recomputed_text(self, receipts: Sequence[ChunkReceipt]) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """For each passage the characters [begin, end) of its text that were recomputed, joined and ascending."""
+        return tuple(_char_ranges(o, r.recomputed) for o, r in zip(self.offsets, receipts, strict=True))
 
 
 class Rag:
@@ -103,6 +109,25 @@ class Rag:
     def max_model_len(self) -> int:
         return self.engine.model.max_model_len
 
+    @property
+    def catalogue(self) -> Catalogue | None:
+        """Where the collections are; None where there are none."""
+        return self._catalogue
+
+    @property
+    def embedder(self) -> TextEmbedder | None:
+        """What collections are searched with; None where there are none."""
+        return None if self._retriever is None else self._retriever.embedder
+
+    def search_text(self, turns: Sequence[Turn]) -> str:
+        """What a conversation's collections are searched for: the last question behind the `history_turns` before it.
+
+        "When was she born?" finds nothing alone; she is named by the question before, or by its answer.
+        """
+        said = [turn for turn in turns if turn.role != "system"]
+        asked = [i for i, turn in enumerate(said) if turn.role == "user"][-1 - self._retrieval.history_turns :]
+        return "\n".join(turn.content for turn in said[asked[0] :]) if asked else ""
+
     def prepare(self, question: Question, request_id: str) -> Prepared:
         """Retrieves, builds the prompt. Raises CollectionNotFound, RequestError and their kin; see fusionrag.errors."""
         arrival = time.perf_counter()
@@ -114,8 +139,11 @@ class Rag:
             chunks, sources = self._passages(question)
             plan = self.prompts.plan(chunks, question.turns)
         retrieve_ms = (time.perf_counter() - arrival) * 1e3
-        request = EngineRequest(request_id, plan, question.sampling, reuse, arrival, retrieve_ms)
-        return Prepared(request, sources)
+        request = EngineRequest(
+            request_id, plan, question.sampling, reuse, arrival, retrieve_ms, question.owner, question.explain
+        )
+        offsets = tuple(self.prompts.text_offsets(s.title, s.text) for s in sources) if question.explain else ()
+        return Prepared(request, sources, offsets)
 
     def _passages(self, question: Question) -> tuple[Sequence[PromptChunk], tuple[Source, ...]]:
         if question.documents:
@@ -142,16 +170,16 @@ class Rag:
         return chunks, tuple(_source(i, hit) for i, (_, hit) in enumerate(found, start=1))
 
     def _hits(self, catalogue: Catalogue, retriever: Retriever, name: str, question: Question) -> Sequence[ScoredChunk]:
-        collection = catalogue.collection(name, question.owner)
+        collection = catalogue.use_collection(name, question.owner)
         if collection.encoder_fingerprint != self.prompts.fingerprint:
             raise ConfigError(
                 "model",
                 f"collection {name!r} was chunked for another tokenizer or passage template; "
                 "serve the model it was ingested with, or ingest it again into a new collection",
             )
-        asked = question.turns[-1].content if question.turns else ""
+        asked = self.search_text(question.turns)
         search = question.search or self.search
-        return retriever.search(name, asked, search.top_k, search.score_threshold or None)
+        return retriever.search(name, asked, search, question.filter)
 
     def _inline(self, documents: Sequence[InlineDocument]) -> tuple[Sequence[PromptChunk], tuple[Source, ...]]:
         chunks, sources = [], []
@@ -167,6 +195,18 @@ class Rag:
 def _source(index: int, hit: ScoredChunk) -> Source:
     chunk = hit.chunk
     return Source(index, chunk.chunk_id, chunk.document_id, chunk.title, hit.source, chunk.text, hit.score, chunk.page)
+
+
+def _char_ranges(offsets: Offsets, token_ranges: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Token ranges as character ranges of the text; what lies outside it (title, template) is left out."""
+    found: list[tuple[int, int]] = []
+    for token in (token for begin, end in token_ranges for token in range(begin, end)):
+        begin, end = offsets[token]
+        if begin < end and found and begin <= found[-1][1]:
+            found[-1] = (found[-1][0], max(end, found[-1][1]))
+        elif begin < end:
+            found.append((begin, end))
+    return tuple(found)
 
 
 def with_ratio(reuse: ReuseConfig, method: str | None, recompute_ratio: float | None) -> ReuseConfig:

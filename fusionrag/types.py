@@ -30,7 +30,7 @@ from typing import Literal, Protocol
 import torch
 
 KVKind = Literal["raw", "fused"]
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ class KVSpec:
     chunk_ids: tuple[int, ...]  # the chunk's token ids
     kind: KVKind
     related: tuple[str, ...] = ()  # chunk ids (hashes) in the order in which they stood in front; empty for raw
+    owner: str = ""  # whose it is: the same text of somebody else's is another object, so that hits tell nothing
     format_version: int = FORMAT_VERSION
 
     @cached_property
@@ -208,6 +209,7 @@ class ChunkReceipt:
     source: KVSource
     kind: KVKind
     num_recomputed: int = 0
+    recomputed: tuple[tuple[int, int], ...] = ()  # the chunk's tokens [begin, end) that were; only where explained
 
 
 @dataclass(frozen=True)
@@ -237,6 +239,7 @@ class RequestStats:
     computed_tokens: int = 0  # tokens without stored KV (tail, missing chunks, full prefill)
     completion_tokens: int = 0
     ttft_ms: float = 0.0
+    predicted_full_ms: float | None = None  # what `ttft_ms` would be with full prefill; None: no rate measured yet
     phases: Phases = field(default_factory=Phases)
     chunks: tuple[ChunkReceipt, ...] = ()
 

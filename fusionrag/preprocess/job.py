@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from fusionrag.arena import KVArena
 from fusionrag.config import EngineConfig
 from fusionrag.errors import PromptTooLong
 from fusionrag.layout import Naming, compute_prefix
@@ -42,14 +43,17 @@ class PreprocessJob:
         names: Naming,
         token_ids_of: Mapping[str, tuple[int, ...]],
         config: EngineConfig,
+        prefix: ChunkKV | None = None,
+        arena: KVArena | None = None,
     ) -> None:
+        """prefix, arena: those of a running engine, to be shared; made here otherwise."""
         self._model, self._store, self._names = model, store, names
         self._token_ids_of = token_ids_of
         self._max_rows = config.max_batch_tokens
-        self._prefix = compute_prefix(model, names.prefix_ids)
+        self._prefix = prefix or compute_prefix(model, names.prefix_ids)
         # room for a batch of rows behind several times as much context, or one prompt of full length: no more is used
         num_slots = max(model.max_model_len, SLOTS_PER_ROW * config.max_batch_tokens)
-        self._arena = model.new_arena(min(config.num_slots(model.max_model_len), num_slots))
+        self._arena = arena or model.new_arena(min(config.num_slots(model.max_model_len), num_slots))
 
     def run(self, chunks: Sequence[PromptChunk]) -> Iterator[StoredChunk]:
         """One item per object, as soon as it is durable: first the raw KV of `raw_chunks`, then the fused KV of those

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from fusionrag.arena import KVArena
+from fusionrag.errors import ArenaFull
 from fusionrag.model import LanguageModel
 from fusionrag.stitch import CaptureKV, place_
 from fusionrag.types import ChunkKV, RowGroup, Span
@@ -32,7 +33,7 @@ class ChunkJob:
 def compute_chunks(model: LanguageModel, arena: KVArena, prefix: ChunkKV, jobs: Sequence[ChunkJob]) -> list[ChunkKV]:
     """The KV of each job's chunk, computed at the positions right behind prefix and context; one forward pass.
 
-    The caller sees to it that the spans fit: Σ (prefix + context + chunk) tokens ≤ free slots of the arena.
+    Raises ArenaFull, with nothing computed, where Σ (prefix + context + chunk) slots are not free in the arena.
     """
     spans: list[Span] = []
     groups: list[RowGroup] = []
@@ -42,7 +43,7 @@ def compute_chunks(model: LanguageModel, arena: KVArena, prefix: ChunkKV, jobs: 
             begin = prefix.num_tokens + job.num_context_tokens
             span = arena.allocate(begin + len(job.token_ids))
             if span is None:
-                raise ValueError(f"{len(jobs)} jobs do not fit into an arena of {arena.num_slots} slots")
+                raise ArenaFull(f"{len(jobs)} chunks with their context do not fit into {arena.num_free} free slots")
             spans.append(span)
             _lay_out(model, arena, span, prefix, job)
             captures.append(CaptureKV())

@@ -27,7 +27,7 @@ import torch
 
 from fusionrag.errors import StoreError
 from fusionrag.store.base import BadObject, StoredHit, StoreStats
-from fusionrag.store.stored_object import StoredObject
+from fusionrag.store.stored_object import StoredObject, spec_fields
 from fusionrag.types import ChunkKV, KVSource, KVSpec
 
 PutStep = Literal["created", "written", "synced", "renamed", "durable"]
@@ -126,6 +126,18 @@ class DiskStore:
                 raise _store_error("delete", copy, error) from error
             num_bytes += size
         return num_bytes
+
+    def written_for(self, digest: str) -> dict[str, object] | None:
+        """The fields of the spec that an object's header names, or None where there is no readable object."""
+        try:
+            with open(self._path(digest), "rb") as file:
+                return spec_fields(file)
+        except (OSError, BadObject):
+            return None
+
+    def is_set_aside(self, digest: str) -> bool:
+        """Whether an object of this name was found damaged."""
+        return os.path.exists(self._quarantine / self._path(digest).name)
 
     def digests(self) -> Iterator[str]:
         for path in sorted(self._objects.glob(f"*/*{_SUFFIX}")):

@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from math import prod
+from typing import BinaryIO
 
 import torch
 
@@ -32,6 +33,7 @@ from fusionrag.types import ChunkKV, KVSpec
 FORMAT = "fusionrag-kv/1"
 
 _NO_CHECKSUM = "0" * 8
+MAX_HEADER_BYTES = 16 << 20  # far above the token ids of any chunk and prefix
 _SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8"}
 
 
@@ -85,6 +87,20 @@ class StoredObject:
         payload = [self.tensors[t.name].reshape(-1).view(torch.uint8).numpy().data for t in tensors]
         spec_text = _canonical(self.spec)
         return [memoryview(_header(spec_text, tensors, _checksum(spec_text, tensors, payload))), *payload]
+
+
+def spec_fields(file: BinaryIO) -> dict[str, object]:
+    """The fields of the spec that a file was written for, from its header alone. Raises BadObject."""
+    try:
+        size = int.from_bytes(file.read(8), "little")
+        if size > MAX_HEADER_BYTES:
+            raise BadObject("the header is not readable")
+        found = json.loads(json.loads(file.read(size))["__metadata__"]["spec"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadObject("the header is not readable") from error
+    if not isinstance(found, dict):
+        raise BadObject("the header is not readable")
+    return found
 
 
 def _claims(header: bytes, spec_text: str, chunk_tokens: int) -> tuple[KVShape, str]:

@@ -60,5 +60,11 @@ class TieredStore:
         self._host.discard(digest)
         return self._disk.delete(digest)
 
+    def written_for(self, digest: str) -> dict[str, object] | None:
+        return self._disk.written_for(digest)
+
+    def is_set_aside(self, digest: str) -> bool:
+        return self._disk.is_set_aside(digest)
+
     def digests(self) -> Iterator[str]:
         return self._disk.digests()

@@ -26,6 +26,7 @@ CHANGES = [
     {"related": ("a",)},
     {"related": ("b", "a")},  # they stood in another order
     {"related": ("ab",)},
+    {"owner": "somebody"},
     {"format_version": FORMAT_VERSION + 1},
 ]
 
@@ -43,8 +44,8 @@ def test_equal_specs_have_equal_names():
 
 def test_the_name_of_a_spec_does_not_change_between_releases():
     """Else every store on disk would be computed again. Whoever changes it on purpose changes FORMAT_VERSION too."""
-    assert FORMAT_VERSION == 1
-    assert SPEC.digest == "66884d1d8b38c7a5e0846d22b6cd95c06d3944249c4346a5a875f5bc68154aae"
+    assert FORMAT_VERSION == 2
+    assert SPEC.digest == "224449af2dea6d5740f5551d4da23c6c612018b36fcef8366adbd5598c93b58f"
 
 
 def test_naming_takes_model_dtype_codec_and_prefix_from_where_they_are(bench):

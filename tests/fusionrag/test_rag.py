@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,23 +14,8 @@ from fusionrag.rag import InlineDocument, Question, Rag, with_ratio
 from index import Catalogue, DataDir, Document, Ingestor, Retriever, Section
 from index.config import SearchConfig
 from index.errors import CollectionNotFound
-
-
-class LetterEmbedder:
-    """How often each letter occurs: texts of the same letters are near each other."""
-
-    fingerprint, dim = "letters", 26
-
-    def embed(self, texts, progress=None):
-        if progress is not None:
-            progress(len(texts))
-        return np.array([self.embed_question(text) for text in texts], np.float32).reshape(-1, self.dim)
-
-    def embed_question(self, question):
-        counts = Counter(question.lower())
-        vector = np.array([counts[chr(97 + i)] for i in range(26)], np.float32) + 1e-3
-        return vector / np.linalg.norm(vector)
-
+from index.filters import Comparison
+from tests.letters import LetterEmbedder
 
 REUSE = ReuseConfig(recompute_ratio=0.999999)
 TEXTS = {"zebras": "zzz zz zzzz", "queens": "qqq qqqq q", "zebras and queens": "zzz qqq zzz q", "others": "mno lmn"}
@@ -74,7 +57,8 @@ def asking(text, **fields):
     ],
 )
 def test_passages_stand_in_the_configured_order_and_are_cited_as_they_stand(order, expected, make_rag, bench):
-    prepared = make_rag(order=order).prepare(asking("zzzz q", collections=("c",), search=SearchConfig(top_k=3)), "r")
+    search = SearchConfig(top_k=3, search_mode="dense")
+    prepared = make_rag(order=order).prepare(asking("zzzz q", collections=("c",), search=search), "r")
     assert [s.document_id for s in prepared.sources] == expected
     assert [s.index for s in prepared.sources] == [1, 2, 3]
     for source, segment in zip(prepared.sources, prepared.request.plan.chunks, strict=True):
@@ -98,7 +82,9 @@ def test_what_a_question_leaves_open_is_as_configured(make_rag):
 
 
 def test_passages_below_the_threshold_are_left_out(make_rag):
-    prepared = make_rag(search=SearchConfig(score_threshold=0.5)).prepare(asking("zzz", collections=("c",)), "r")
+    prepared = make_rag(search=SearchConfig(score_threshold=0.5, search_mode="dense")).prepare(
+        asking("zzz", collections=("c",)), "r"
+    )
     assert {s.document_id for s in prepared.sources} == {"zebras", "zebras and queens"}
 
 
@@ -214,7 +200,85 @@ def test_somebody_elses_collection_is_as_unknown_as_one_that_is_not_there(make_r
 def test_passages_of_several_collections_compete_by_score(make_rag, bench, catalogue):
     more = Document("more", "More", (Section("", "zzz zzzz zzz"),), "more.txt")
     Ingestor(catalogue, bench.prompts, LetterEmbedder()).add_documents([more], "d")
-    prepared = make_rag().prepare(asking("zzz", collections=("c", "d", "c"), search=SearchConfig(top_k=2)), "r")
+    search = SearchConfig(top_k=2, search_mode="dense")
+    prepared = make_rag().prepare(asking("zzz", collections=("c", "d", "c"), search=search), "r")
     assert {s.document_id for s in prepared.sources} == {"zebras", "more"}
     scores = [s.score for s in prepared.sources]
     assert scores == sorted(scores)
+
+
+def test_an_explained_answer_names_the_recomputed_text_of_every_passage(make_rag, bench):
+    rag = make_rag(reuse=ReuseConfig(method="epic", recompute_ratio=0.3))
+    stored = rag.prepare(asking("zzz", collections=("c",)), "r").request.plan.chunks
+    bench.preprocess([segment.chunk for segment in stored])
+    prepared = rag.prepare(asking("zzz", collections=("c",), explain=True), "r")
+    stats = rag.engine.generate(prepared.request)[0].stats
+    texts = prepared.recomputed_text(stats.chunks)
+    assert texts[0] == () and any(texts)  # the first one is exact
+    for source, receipt, ranges in zip(prepared.sources, stats.chunks, texts, strict=True):
+        assert sum(end - begin for begin, end in receipt.recomputed) == receipt.num_recomputed
+        flat = [edge for edges in ranges for edge in edges]
+        assert flat == sorted(set(flat)) and all(0 <= edge <= len(source.text) for edge in flat)
+        # the tokenizer has one token a character: what was recomputed before the text is title and template
+        before = len(f"{source.title}: ")
+        inside = [t - before for begin, end in receipt.recomputed for t in range(begin, end)]
+        inside = [t for t in inside if 0 <= t < len(source.text)]
+        assert [t for begin, end in ranges for t in range(begin, end)] == inside
+
+
+def test_an_unexplained_answer_has_no_ranges(make_rag, bench):
+    prepared = make_rag().prepare(asking("zzz", collections=("c",)), "r")
+    stats = make_rag().engine.generate(prepared.request)[0].stats
+    assert prepared.offsets == () and all(r.recomputed == () for r in stats.chunks)
+
+
+def test_stored_kv_of_another_owner_is_never_used(make_rag, bench):
+    stored = make_rag().prepare(asking("q", collections=("c",)), "r").request.plan.chunks
+    bench.preprocess([segment.chunk for segment in stored])
+    document = InlineDocument("Zebras", TEXTS["zebras"])
+    asked = [asking("q", documents=(document,), owner=owner) for owner in ("", "somebody else")]
+    stats = [make_rag().engine.generate(make_rag().prepare(a, "r").request)[-1].stats for a in asked]
+    assert [s.chunks[0].source.value for s in stats] == ["host", "computed"]
+
+
+# --- conversations ----------------------------------------------------------------------------------------------------
+
+TALK = (
+    Turn("system", "be brief"),
+    Turn("user", "one"),
+    Turn("assistant", "ein"),
+    Turn("user", "two"),
+    Turn("assistant", "zwei"),
+    Turn("user", "three"),
+)
+
+
+@pytest.mark.parametrize(
+    ("history_turns", "expected"), [(0, "three"), (1, "two\nzwei\nthree"), (2, "one\nein\ntwo\nzwei\nthree")]
+)
+def test_a_conversation_is_searched_for_its_last_questions_and_their_answers(history_turns, expected, make_rag):
+    rag = make_rag(history_turns=history_turns)
+    assert rag.search_text(TALK) == expected
+    assert rag.search_text(TALK[-1:]) == "three"
+    assert rag.search_text(()) == ""
+
+
+def test_a_question_that_names_nothing_finds_what_was_spoken_of_before(make_rag):
+    talk = (Turn("user", "zzzz"), Turn("assistant", "zz"), Turn("user", "n"))
+    asked = Question(turns=talk, collections=("c",), search=SearchConfig(top_k=1, search_mode="dense"))
+    assert make_rag().prepare(asked, "r").sources[0].document_id == "zebras"
+    assert make_rag(history_turns=0).prepare(asked, "r").sources[0].document_id == "others"
+
+
+def test_a_bad_number_of_history_turns_is_refused_by_name():
+    with pytest.raises(ConfigError, match="history_turns"):
+        RetrievalConfig(history_turns=-1)
+
+
+def test_only_passages_that_fit_the_filter_of_a_question_are_found(make_rag, bench, catalogue):
+    for year in (1999, 2020):
+        document = Document(f"of {year}", "", (Section("", f"zzz zz {year}"),), f"{year}.txt", {"year": year})
+        Ingestor(catalogue, bench.prompts, LetterEmbedder()).add_documents([document], "c")
+    recent = Comparison("year", "gte", 2000)
+    prepared = make_rag().prepare(asking("zzz", collections=("c",), filter=recent), "r")
+    assert [s.document_id for s in prepared.sources] == ["of 2020"]

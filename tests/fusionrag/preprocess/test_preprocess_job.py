@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fusionrag.config import StoreConfig
-from fusionrag.errors import PromptTooLong
+from fusionrag.errors import ArenaFull, PromptTooLong
 from fusionrag.layout import compute_prefix
 from fusionrag.preprocess.passes import ChunkJob, compute_chunks
 from fusionrag.stitch import CaptureKV, place_
@@ -243,7 +243,7 @@ def test_an_arena_too_small_for_one_chunk_is_refused(bench, corpus, num_largest)
 def test_jobs_that_do_not_fit_leave_the_arena_as_it_was(bench):
     prefix, arena = compute_prefix(bench.model, bench.prompts.prefix_ids), bench.model.new_arena(100)
     jobs = [ChunkJob(c.token_ids) for c in bench.chunks(40, 40)]
-    with pytest.raises(ValueError, match="2 jobs do not fit into an arena of 100 slots"):
+    with pytest.raises(ArenaFull, match="2 chunks with their context do not fit"):
         compute_chunks(bench.model, arena, prefix, jobs)
     assert arena.num_free == 100
     assert len(compute_chunks(bench.model, arena, prefix, jobs[:1])) == 1

@@ -24,7 +24,8 @@ OTHER_VALUES = {
     "chunk_ids": (100, 101, 103),
     "kind": "raw",
     "related": ("b" * 64, "a" * 64),  # the same chunks in another order
-    "format_version": 2,
+    "owner": "somebody",
+    "format_version": 3,
 }
 
 

@@ -1,0 +1,64 @@
+"""What a forward pass costs, and from that what a full prefill would have taken on this machine.
+
+A pass of R rows over P weight-bearing parameters does `2 P R` FLOPs in its matrix products and `4 L H D` more for every
+(row, visible slot) pair in its attention. Divided by the rate at which dense passes have been seen to run here, that
+predicts the time of a prefill. Knows nothing of requests or stored KV.
+
+Invariant: the rate comes from measured passes alone; where none has been measured, nothing is predicted.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from fusionrag.arena import KVArena
+from fusionrag.model import LanguageModel
+from fusionrag.types import RowGroup, Span
+
+CALIBRATION_ROWS = 512  # enough rows for the rate of long prefills, few enough not to be noticed at start
+_MIN_ROWS = 128  # shorter passes spend their time on overhead, not on FLOPs
+_NEW_SHARE = 0.2  # weight of the latest pass in the moving average
+
+
+class PrefillClock:
+    """Predicts prefill times from the passes that it is shown. Belongs to the engine's thread."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+        self._flops_per_second: float | None = None
+
+    def flops(self, first: int, stop: int) -> float:
+        """FLOPs of the rows at positions [first, stop), each seeing all positions up to its own."""
+        shape, num_rows = self._model.shape, stop - first
+        visible = num_rows * (first + stop + 1) / 2
+        attention = 4 * shape.num_layers * shape.num_heads * shape.head_dim * visible
+        return 2 * self._model.num_active_parameters * num_rows + attention
+
+    def observe(self, groups: list[RowGroup], elapsed_s: float) -> None:
+        """Takes a pass into account if its rows are dense: scattered rows run at another rate."""
+        is_dense = all(g.last_position - int(g.positions[0]) + 1 == g.num_rows for g in groups)
+        if not is_dense or sum(g.num_rows for g in groups) < _MIN_ROWS or elapsed_s <= 0:
+            return
+        done = sum(self.flops(int(g.positions[0]), g.last_position + 1) for g in groups)
+        rate, old = done / elapsed_s, self._flops_per_second
+        self._flops_per_second = rate if old is None else old + _NEW_SHARE * (rate - old)
+
+    @torch.inference_mode()
+    def calibrate(self, arena: KVArena) -> None:
+        """Measures one dense pass, after one to warm up. The arena must be idle."""
+        num_rows = min(CALIBRATION_ROWS, self._model.max_model_len, arena.num_slots)
+        group = RowGroup(Span(0, num_rows), *self._model.rows([0] * num_rows))
+        for is_measured in (False, True):
+            begin = time.perf_counter()
+            self._model.forward([group], arena)
+            self._model.synchronize()
+            if is_measured:
+                self.observe([group], time.perf_counter() - begin)
+
+    def prefill_ms(self, num_tokens: int) -> float | None:
+        """Milliseconds that a full prefill of so many tokens would take; None before any pass was measured."""
+        if self._flops_per_second is None:
+            return None
+        return self.flops(0, num_tokens) / self._flops_per_second * 1e3
