@@ -8,7 +8,7 @@ Invariant: importing this package imports no model, index or parser library; eac
 
 from index.catalogue import Catalogue
 from index.chunking import chunk_document
-from index.config import ChunkingConfig, EmbeddingConfig, VectorIndexConfig
+from index.config import ChunkingConfig, EmbeddingConfig, SearchConfig, VectorIndexConfig
 from index.data_dir import DataDir
 from index.documents import FoundFiles, find_files, read_documents
 from index.embedding import Embedder
@@ -23,10 +23,12 @@ from index.errors import (
     EmbeddingModelError,
     FusionRAGError,
     InvalidValue,
+    RerankModelError,
     StorageFull,
     UnsupportedFormat,
 )
 from index.ingest import Ingestor, ingest
+from index.rerank import Reranker
 from index.retrieval import Retriever
 from index.types import (
     Chunk,
@@ -75,8 +77,11 @@ __all__ = [
     "Ingestor",
     "InvalidValue",
     "KVObject",
+    "RerankModelError",
+    "Reranker",
     "Retriever",
     "ScoredChunk",
+    "SearchConfig",
     "Section",
     "StorageFull",
     "StoredChunk",

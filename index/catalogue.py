@@ -11,19 +11,25 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
+from index import filters, lexical
 from index.database import Database
 from index.errors import CollectionMismatch, CollectionNotFound, InvalidValue
+from index.filters import Filter
 from index.kv_ledger import KVLedger
+from index.library_types import DAY_S
 from index.types import Chunk, Collection, Document, FloatArray, IntArray, StoredChunk, StoredDocument, Vanished
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _PAGE_ROWS = 512
+_TOUCH_INTERVAL_S = 60
 _COLLECTION = "id, name, owner, encoder_fingerprint, embedding_fingerprint, dim, revision, kv_revision"
 _STORED_CHUNK = (
     "SELECT c.id, c.title, c.text, c.token_ids, d.document_id, c.ordinal, c.page, d.source "
@@ -51,6 +57,11 @@ class Catalogue(KVLedger):
 
     def close(self) -> None:
         self._database.close()
+
+    @property
+    def database(self) -> Database:
+        """The file itself, for the other books that are kept in it."""
+        return self._database
 
     def open_collection(
         self,
@@ -90,6 +101,23 @@ class Catalogue(KVLedger):
             raise CollectionNotFound(name, [c.name for c in self.collections(owner)])
         return found
 
+    def use_collection(self, name: str, owner: str) -> Collection:
+        """The collection, on behalf of somebody who uses it: that puts off its end. Raises InvalidValue once expired.
+
+        Notes the time at most once a minute, and not at all where it would have to wait for a writer.
+        """
+        found, now = self.collection(name, owner), int(time.time())
+        with self._database.read() as connection:
+            select = "SELECT ? - last_active_at, expires_after_days FROM collections WHERE id = ?"
+            idle_s, days = connection.execute(select, (now, found.collection_id)).fetchone() or (0, None)
+            if days is not None and idle_s >= days * DAY_S:
+                raise InvalidValue("collection", f"{name!r} has expired; make a new one with the same files")
+            if idle_s >= _TOUCH_INTERVAL_S:
+                with suppress(sqlite3.OperationalError), self._database.impatient(connection):
+                    touch = "UPDATE collections SET last_active_at = ? WHERE id = ?"
+                    connection.execute(touch, (now, found.collection_id))
+        return found
+
     def collections(self, owner: str | None = None) -> list[Collection]:
         """All collections, or those of one owner, by name."""
         with self._database.read() as connection:
@@ -104,6 +132,7 @@ class Catalogue(KVLedger):
             chunk_ids = tuple(row[0] for row in connection.execute(query, (key,)))
             digests = self._drop_objects(connection, "collection = ?", (key,))
             connection.execute("DELETE FROM collections WHERE id = ?", (key,))
+            lexical.drop_words(connection, key)
         return Vanished(chunk_ids, tuple(digests))
 
     def documents(self, collection: str) -> list[StoredDocument]:
@@ -144,13 +173,17 @@ class Catalogue(KVLedger):
         chunks: Sequence[Chunk],
         vectors: FloatArray,
         ingest_hash: str | None = None,
+        guard: Callable[[sqlite3.Connection], None] | None = None,
     ) -> Vanished:
         """Adds the document, or puts it in the place of the one with its id, in one transaction.
 
         vectors: float32 [len(chunks), dim], unit length. ingest_hash: what `document_hash` will return; the document's
-        content hash if None. Returns the chunks that left the collection with the old content.
+        content hash if None. guard: called first within the transaction; what it raises undoes it and is raised.
+        Returns the chunks that left the collection with the old content.
         """
         with self._database.write() as connection:
+            if guard is not None:
+                guard(connection)
             key = self._key(connection, collection)
             (dim,) = connection.execute("SELECT dim FROM collections WHERE id = ?", (key,)).fetchone()
             if vectors.shape != (len(chunks), dim):
@@ -158,7 +191,7 @@ class Catalogue(KVLedger):
             old = self._remove_document(connection, key, document.document_id)
             row = connection.execute(
                 "INSERT INTO documents (collection, document_id, ingest_hash, title, source, metadata) "
-                "VALUES (?, ?, ?, ?, ?, ?)",
+                "VALUES (?, ?, ?, ?, ?, ?) RETURNING id",
                 (
                     key,
                     document.document_id,
@@ -167,12 +200,13 @@ class Catalogue(KVLedger):
                     document.source,
                     json.dumps(dict(document.metadata)),
                 ),
-            ).lastrowid
+            ).fetchone()[0]
             connection.executemany(
                 "INSERT INTO chunks (collection, document, ordinal, chunk_id, title, text, page, token_ids, vector) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 [(key, row, *_chunk_row(c), v.tobytes()) for c, v in zip(chunks, vectors.astype("<f4"), strict=True)],
             )
+            lexical.add_words(connection, key, row)
             self._bump(connection, key)
             return self._vanish(connection, key, old)
 
@@ -182,6 +216,20 @@ class Catalogue(KVLedger):
             key = self._key(connection, collection)
             old = self._remove_document(connection, key, document_id)
             return self._vanish(connection, key, old)
+
+    def remove_documents(
+        self, connection: sqlite3.Connection, key: int, first: str = "", end: str = "\U0010ffff"
+    ) -> Vanished:
+        """Removes the documents with ids in [first, end), within the transaction of the caller.
+
+        key: `Collection.collection_id`.
+        """
+        rows = connection.execute(
+            "SELECT document_id FROM documents WHERE collection = ? AND document_id >= ? AND document_id < ?",
+            (key, first, end),
+        ).fetchall()
+        old = [chunk_id for (row,) in rows for chunk_id in self._remove_document(connection, key, row)]
+        return self._vanish(connection, key, old)
 
     def chunks(self, collection: str) -> Iterator[StoredChunk]:
         """All chunks by row id. A chunk id that several documents share comes once for each.
@@ -241,6 +289,26 @@ class Catalogue(KVLedger):
                 blob += vector
         return np.array(ids, np.int64), np.frombuffer(blob, "<f4").astype(np.float32, copy=False).reshape(-1, dim)
 
+    def rows_where(self, collection: str, condition: Filter) -> IntArray:
+        """int64 [n]: the row ids of the chunks whose document's metadata fits the condition, ascending."""
+        fits, values = filters.where(condition, "d.metadata")
+        with self._database.read() as connection:
+            key = self._key(connection, collection)
+            rows = connection.execute(
+                "SELECT c.id FROM chunks AS c JOIN documents AS d ON d.id = c.document "
+                f"WHERE d.collection = ? AND {fits} ORDER BY c.id",
+                (key, *values),
+            )
+            return np.fromiter((row[0] for row in rows), np.int64)
+
+    def rows_by_words(
+        self, collection: str, question: str, limit: int, row_ids: Iterable[int] | None = None
+    ) -> list[tuple[int, float]]:
+        """(row id, score) of the `limit` chunks that share most with the question's words; see `lexical`."""
+        with self._database.read() as connection:
+            key = self._key(connection, collection)
+            return lexical.search_words(connection, key, question, limit, row_ids)
+
     @classmethod
     def _remove_document(cls, connection: sqlite3.Connection, key: int, document_id: str) -> list[str]:
         """Deletes the document's rows, if it is there; returns the ids of its chunks."""
@@ -250,6 +318,7 @@ class Catalogue(KVLedger):
         if found is None:
             return []
         chunk_ids = [row[0] for row in connection.execute("SELECT chunk_id FROM chunks WHERE document = ?", found)]
+        lexical.remove_words(connection, key, found[0])
         connection.execute("DELETE FROM documents WHERE id = ?", found)
         cls._bump(connection, key)
         return chunk_ids

@@ -95,7 +95,8 @@ class VectorIndexConfig:
         )
 
 
-SEARCH_MODES = ("dense",)
+SEARCH_MODES = ("dense", "lexical", "hybrid")
+MAX_HITS = 200
 
 
 @dataclass(frozen=True)
@@ -103,14 +104,41 @@ class SearchConfig:
     """Which passages a question finds."""
 
     top_k: int = knob(10, "passages retrieved for a question")
-    score_threshold: float = knob(0.0, "least similarity (cosine) of a retrieved passage; 0: no threshold")
-    search_mode: str = knob("dense", "how passages are found: dense (embeddings)")
+    search_mode: str = knob(
+        "hybrid",
+        "how passages are found: dense (by meaning: embeddings), lexical (by words: BM25), or hybrid (both, joined by "
+        "reciprocal rank fusion)",
+    )
+    lexical_weight: float = knob(0.7, "share of the lexical ranking in hybrid search; the dense one has the rest")
+    score_threshold: float = knob(
+        0.0,
+        "least score of a retrieved passage; 0: no threshold. The score is the cosine in dense search, b / (b + 10) of "
+        "the BM25 value b in lexical search, in hybrid search the fused ranks as a share of the best possible (at most "
+        "the weight of the one ranking that has the passage), and with a re-ranker its judgement; all are at most 1",
+    )
+    max_similarity: float = knob(
+        0.98,
+        "a passage at least this similar (cosine) to a better one, with the same numbers in it, is left out for the "
+        "next; 1: all are kept",
+    )
+    reranker: str = knob(
+        "", "cross-encoder that sorts the passages found anew: a local sentence-transformers directory or a hub id"
+    )
+    rerank_candidates: int = knob(30, "passages that the re-ranker sorts, of which top_k are kept")
 
     def __post_init__(self) -> None:
-        require(1 <= self.top_k <= 200, "top_k", f"must lie in [1, 200], got {self.top_k}")
-        require(0 <= self.score_threshold <= 1, "score_threshold", "must lie in [0, 1]")
+        require(1 <= self.top_k <= MAX_HITS, "top_k", f"must lie in [1, {MAX_HITS}], got {self.top_k}")
         require(
             self.search_mode in SEARCH_MODES,
             "search_mode",
             f"must be one of {', '.join(SEARCH_MODES)}, got {self.search_mode!r}",
+        )
+        for name in ("lexical_weight", "score_threshold"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, name, f"must lie in [0, 1], got {value}")
+        require(0 < self.max_similarity <= 1, "max_similarity", f"must lie in (0, 1], got {self.max_similarity}")
+        require(
+            1 <= self.rerank_candidates <= MAX_HITS,
+            "rerank_candidates",
+            f"must lie in [1, {MAX_HITS}], got {self.rerank_candidates}",
         )

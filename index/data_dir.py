@@ -25,7 +25,7 @@ class DataDir:
         """Raises DataDirError where the directory cannot be made."""
         self.path = Path(path)
         try:
-            for folder in (self.path, self.kv, self.faiss):
+            for folder in (self.path, self.kv, self.faiss, self.files):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise DataDirError(
@@ -45,6 +45,11 @@ class DataDir:
     def faiss(self) -> Path:
         """The folder of the vector indexes."""
         return self.path / "faiss"
+
+    @property
+    def files(self) -> Path:
+        """The folder of the uploaded files, each under its id."""
+        return self.path / "files"
 
     def index_file(self, collection: str) -> Path:
         """The saved vector index of a collection. It can be rebuilt from the catalogue, so it may always be removed."""

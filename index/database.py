@@ -181,6 +181,16 @@ class Database:
                     connection.execute("ROLLBACK")
                 raise
 
+    @staticmethod
+    @contextmanager
+    def impatient(connection: sqlite3.Connection) -> Iterator[None]:
+        """Within, a write that another writer is in the way of fails at once, with sqlite3.OperationalError."""
+        connection.execute("PRAGMA busy_timeout = 0")
+        try:
+            yield
+        finally:
+            connection.execute(f"PRAGMA busy_timeout = {int(_BUSY_TIMEOUT_S * 1e3)}")
+
     def _take(self) -> sqlite3.Connection:
         with self._lock:
             if self._idle:

@@ -2,8 +2,9 @@
 
 Knows nothing about chunks, vectors or collections.
 
-Invariant: a document's id depends only on where it came from (resolved path, plus record id or place within a JSON or
-JSONL file), so that a re-ingest finds the document it replaces. The ids of one file share the prefix `file_id`.
+Invariant: a document's id depends only on where it came from (resolved path or id of the upload, plus record id or
+place within a JSON or JSONL file), so that a re-ingest finds the document it replaces. The ids of one file share a
+prefix: `file_id`, or the upload's id.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from index.errors import DocumentError, UnsupportedFormat
-from index.formats import READERS, Parsed
+from index.formats import READERS, Parsed, Reader
 from index.formats.parsed import clean
 from index.types import Document
 
@@ -42,26 +43,35 @@ def find_files(paths: Sequence[str | Path]) -> FoundFiles:
                 found = files if file.suffix.lower() in READERS else unsupported
                 found.setdefault(file.resolve(), file)
         else:
-            _require_supported(path)
+            _require_supported(path, path.name)
             files.setdefault(path.resolve(), path)
     return FoundFiles(tuple(files.values()), tuple(unsupported.values()))
 
 
-def read_documents(path: str | Path, source: str | None = None) -> Iterator[Document]:
+@dataclass(frozen=True)
+class UploadedAs:
+    """How a file is known that does not lie under its own name: by its id, and by what its owner calls it."""
+
+    file_id: str
+    filename: str
+
+
+def read_documents(path: str | Path, upload: UploadedAs | None = None) -> Iterator[Document]:
     """The documents of one file, as a stream: one, or one per record of a JSON or JSONL file.
 
-    source: what the file is called in citations and in the document's id, when that is not its path (an upload).
+    upload: its id begins the documents' ids; its name decides the format and is what citations show.
     Raises DocumentError (while iterating) with the remedy where the file is unreadable, empty or not what its
     extension says; documents before the fault have been yielded by then.
     """
     path = Path(path)
-    _require_supported(path)
-    prefix, name = file_id(path, source), clean(source or path.as_posix())
+    name = clean(upload.filename if upload else path.as_posix())
+    prefix = upload.file_id if upload else file_id(path)
+    reader = _require_supported(path, name)
     is_empty = True
     try:
         if path.stat().st_size == 0:
             raise DocumentError(path, "is empty; remove it from the list or fill it")
-        for parsed in READERS[path.suffix.lower()](path):
+        for parsed in reader(path):
             if parsed.sections:
                 yield _document(parsed, prefix, name)
                 is_empty = False
@@ -73,9 +83,9 @@ def read_documents(path: str | Path, source: str | None = None) -> Iterator[Docu
         raise DocumentError(path, "holds no text; remove it from the list or fill it")
 
 
-def file_id(path: str | Path, source: str | None = None) -> str:
+def file_id(path: str | Path) -> str:
     """The id of the one document of a file, and the prefix (before '-') of the ids of a file's records."""
-    return hashlib.sha256((source or str(Path(path).resolve())).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    return hashlib.sha256(str(Path(path).resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
 def _document(parsed: Parsed, prefix: str, source: str) -> Document:
@@ -87,12 +97,14 @@ def _document(parsed: Parsed, prefix: str, source: str) -> Document:
     return Document(prefix, title, parsed.sections, source, parsed.metadata)
 
 
-def _require_supported(path: Path) -> None:
+def _require_supported(path: Path, name: str) -> Reader:
     if not path.exists():
         raise DocumentError(path, "no such file or directory")
-    if path.suffix.lower() not in READERS:
-        kind = f"extension {path.suffix!r}" if path.suffix else "a name without extension"
+    suffix = Path(name).suffix
+    if suffix.lower() not in READERS:
+        kind = f"extension {suffix!r}" if suffix else "a name without extension"
         raise UnsupportedFormat(path, f"{kind} is not supported; supported are {' '.join(READERS)}")
+    return READERS[suffix.lower()]
 
 
 def _walk(root: Path) -> Iterator[Path]:

@@ -63,6 +63,10 @@ class Embedder:
         return self._fingerprint
 
     @property
+    def name(self) -> str:
+        return self._fingerprint.rpartition("@")[0]
+
+    @property
     def dim(self) -> int:
         return self._dim
 
@@ -82,7 +86,7 @@ class Embedder:
         limit = self._model.max_seq_length
         window = int(limit) if limit and limit < _UNLIMITED else _FALLBACK_WINDOW
         prompts = [prompt for prompt in (self._model.prompts or {}).values() if prompt]
-        used = int(self._tokenizer.num_special_tokens_to_add()) + max(self._num_tokens(prompts), default=0)
+        used = int(self._tokenizer.num_special_tokens_to_add()) + max(self.num_tokens(prompts), default=0)
         if used >= window:
             raise EmbeddingModelError(f"{name}: its window of {window} tokens leaves no room for text")
         return window - used
@@ -104,7 +108,7 @@ class Embedder:
         return unit
 
     def _windows(self, texts: Sequence[str]) -> Iterator[_Window]:
-        for i, (text, count) in enumerate(zip(texts, self._num_tokens(texts), strict=True)):
+        for i, (text, count) in enumerate(zip(texts, self.num_tokens(texts), strict=True)):
             if count <= self._window_tokens:
                 yield _Window(i, text, max(1, count))
             else:
@@ -126,7 +130,8 @@ class Embedder:
             yield _Window(i, text[starts[first] : stop], last - first)
             first = last
 
-    def _num_tokens(self, texts: Sequence[str]) -> list[int]:
+    def num_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Of each text, without special tokens."""
         if not texts:
             return []
         with self._lock:
@@ -154,7 +159,7 @@ def _load(config: EmbeddingConfig) -> Any:
         raise EmbeddingModelError(f"sentence-transformers cannot be imported ({error}); pip install it") from error
     device = None if config.embedding_device == "auto" else config.embedding_device
     try:
-        with _quiet():
+        with quiet_loading():
             return sentence_transformers.SentenceTransformer(_location(name), device=device)
     except EmbeddingModelError:
         raise
@@ -178,7 +183,7 @@ def _location(name: str) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """No progress bars or load reports while weights are read; the level is put back afterwards."""
     transformers_logging = importlib.import_module("transformers.utils.logging")
     had_bar = transformers_logging.is_progress_bar_enabled()

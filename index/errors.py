@@ -11,9 +11,11 @@
     │   └── CollectionMismatch      the collection was made with another encoder or embedding model
     ├── NotFound                    no such thing under this id, or none that the asker may see; names kind and id
     ├── Conflict                    a change that the present state does not allow; try again later or differently
+    ├── JobWithdrawn                a file that was being ingested is not wanted any more, or not in this way
     ├── DataDirError                the data directory cannot be used
     │   └── DataDirLocked           another process holds it; names the process
-    └── EmbeddingModelError         the embedding model cannot be loaded or used
+    ├── EmbeddingModelError         the embedding model cannot be loaded or used
+    └── RerankModelError            the re-ranking model cannot be loaded or used
 
 Knows nothing about what raises them. Every message says what is wrong, where, and what to do about it.
 """
@@ -35,7 +37,9 @@ __all__ = [
     "EmbeddingModelError",
     "FusionRAGError",
     "InvalidValue",
+    "JobWithdrawn",
     "NotFound",
+    "RerankModelError",
     "StorageFull",
     "UnsupportedFormat",
 ]
@@ -102,6 +106,10 @@ class Conflict(FusionRAGError):
     """The present state does not allow the change."""
 
 
+class JobWithdrawn(FusionRAGError):
+    """A file was detached, deleted, cancelled or attached anew with other settings while it was being ingested."""
+
+
 class CollectionMismatch(CatalogueError):
     """The collection was made with another encoder or embedding model than the one in use."""
 
@@ -128,3 +136,7 @@ class DataDirLocked(DataDirError):
 
 class EmbeddingModelError(FusionRAGError):
     """The embedding model cannot be loaded or used."""
+
+
+class RerankModelError(FusionRAGError):
+    """The re-ranking model cannot be loaded or used."""

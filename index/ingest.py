@@ -10,22 +10,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+import sqlite3
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from index.catalogue import Catalogue
 from index.chunking import chunk_document
 from index.config import ChunkingConfig
-from index.documents import file_id, find_files, read_documents
+from index.documents import UploadedAs, file_id, find_files, read_documents
 from index.errors import DocumentError
 from index.types import (
     Chunk,
     ChunkEncoder,
     Document,
+    FloatArray,
     IngestFailure,
     IngestProgress,
     IngestReport,
+    IngestStage,
     TextEmbedder,
 )
 
@@ -42,12 +46,16 @@ class Ingestor:
     encoder: ChunkEncoder
     embedder: TextEmbedder
     chunking: ChunkingConfig = field(default_factory=ChunkingConfig)
+    guard: Callable[[sqlite3.Connection], None] | None = None  # see `Catalogue.replace_document`
+    writing: Callable[[], AbstractContextManager[None]] = nullcontext  # held while a batch is stored
+    batch_chunks: int = BATCH_CHUNKS
 
     def add_files(
         self, paths: Sequence[str | Path], collection: str, progress: ProgressCallback | None = None
     ) -> IngestReport:
         """Brings the collection up to date with the files; see `ingest`."""
         found = find_files(paths)
+        self._open(collection)
         run = _Run(self, collection, IngestProgress(len(found.files), 0, 0, 0), progress)
         for path in found.files:
             run.add_file(path)
@@ -56,11 +64,39 @@ class Ingestor:
 
     def add_documents(self, documents: Iterable[Document], collection: str) -> IngestReport:
         """Adds or replaces the documents; others of the collection stay."""
+        self._open(collection)
         run = _Run(self, collection, IngestProgress(0, 0, 0, 0), None)
         for document in documents:
             run.add(document)
         run.flush()
         return run.report
+
+    def add_upload(
+        self,
+        path: Path,
+        upload: UploadedAs,
+        attributes: Mapping[str, str | int | float | bool],
+        collection: str,
+        progress: ProgressCallback | None = None,
+    ) -> set[str]:
+        """Adds or replaces the documents of an uploaded file, `attributes` laid over their metadata; returns their ids.
+
+        Documents that the file does not hold any more stay: to remove them is part of completing it. Raises
+        CollectionNotFound (a collection that was deleted is not made again), DocumentError and what `guard` raises;
+        documents before the fault may have been stored.
+        """
+        self._open(collection, create=False)
+        run = _Run(self, collection, IngestProgress(1, 0, 0, 0), progress)
+        seen: set[str] = set()
+        for document in read_documents(path, upload):
+            seen.add(document.document_id)
+            run.add(replace(document, metadata={**document.metadata, **attributes}))
+        run.flush()
+        return seen
+
+    def _open(self, collection: str, create: bool = True) -> None:
+        embedder = self.embedder
+        self.catalogue.open_collection(collection, self.encoder.fingerprint, embedder.fingerprint, embedder.dim, create)
 
 
 def ingest(
@@ -91,8 +127,6 @@ class _Run:
         self.parts, self.collection, self.progress, self.callback = ingestor, collection, progress, callback
         self.report = IngestReport()
         self.pending: list[tuple[Document, list[Chunk]]] = []
-        embedder = ingestor.embedder
-        ingestor.catalogue.open_collection(collection, ingestor.encoder.fingerprint, embedder.fingerprint, embedder.dim)
 
     def add_file(self, path: Path) -> None:
         seen: set[str] = set()
@@ -108,29 +142,43 @@ class _Run:
 
     def add(self, document: Document) -> None:
         """Cuts the document, unless it is stored already; stores the batch once that is full."""
-        self._advance(num_documents=self.progress.num_documents + 1)
+        self._advance("chunking", num_documents=self.progress.num_documents + 1)
         stored = self.parts.catalogue.document_hash(self.collection, document.document_id)
         if stored == ingest_hash(document, self.parts.chunking):
             self._count(num_unchanged=1)
             return
         self._count(num_added=int(stored is None), num_changed=int(stored is not None))
-        self.pending.append((document, chunk_document(document, self.parts.encoder, self.parts.chunking)))
-        if sum(len(chunks) for _, chunks in self.pending) >= BATCH_CHUNKS:
+        chunks = chunk_document(document, self.parts.encoder, self.parts.chunking)
+        self.pending.append((document, chunks))
+        self._advance("parsing", num_chunks_cut=self.progress.num_chunks_cut + len(chunks))
+        if sum(len(chunks) for _, chunks in self.pending) >= self.parts.batch_chunks:
             self.flush()
 
     def flush(self) -> None:
         """Embeds all pending chunks and stores their documents, one transaction each."""
         texts = [embedding_text(chunk) for _, chunks in self.pending for chunk in chunks]
         before = self.progress.num_chunks
-        vectors = self.parts.embedder.embed(texts, lambda done: self._advance(num_chunks=before + done))
+        vectors = self.parts.embedder.embed(texts, lambda done: self._advance("embedding", num_chunks=before + done))
+        self._advance("storing")
+        with self.parts.writing():
+            self._store(vectors)
+        self._count(num_chunks=len(texts))
+        self.pending = []
+        self._advance("parsing")
+
+    def _store(self, vectors: FloatArray) -> None:
         start = 0
         for document, chunks in self.pending:
             stop = start + len(chunks)
-            mark = ingest_hash(document, self.parts.chunking)
-            self.parts.catalogue.replace_document(self.collection, document, chunks, vectors[start:stop], mark)
+            self.parts.catalogue.replace_document(
+                self.collection,
+                document,
+                chunks,
+                vectors[start:stop],
+                ingest_hash(document, self.parts.chunking),
+                self.parts.guard,
+            )
             start = stop
-        self._count(num_chunks=len(texts))
-        self.pending = []
 
     def _remove_all_but(self, seen: set[str], prefix: str) -> None:
         """Removes the documents of a file whose records are not in it any more."""
@@ -142,8 +190,8 @@ class _Run:
     def _count(self, **increments: int) -> None:
         self.report = replace(self.report, **{k: getattr(self.report, k) + n for k, n in increments.items()})
 
-    def _advance(self, **values: int) -> None:
-        self.progress = replace(self.progress, **values)
+    def _advance(self, stage: IngestStage | None = None, **values: int) -> None:
+        self.progress = replace(self.progress, stage=stage or self.progress.stage, **values)
         if self.callback is not None:
             self.callback(self.progress)
 

@@ -13,6 +13,8 @@ import sqlite3
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
+
 from index.database import Database
 from index.errors import CollectionNotFound
 from index.types import CollectionCounts, KVObject, Vanished
@@ -64,6 +66,32 @@ class KVLedger:
                 found[chunk_id].append(other)
         return {chunk_id: tuple(others) for chunk_id, others in found.items()}
 
+    def chunk_ids_by_row(self, collection: str) -> dict[int, str]:
+        """Row id → chunk id of all chunks, ascending; a chunk id that several documents share comes once for each."""
+        with self._database.read() as connection:
+            key = self._key(connection, collection)
+            return dict(connection.execute("SELECT id, chunk_id FROM chunks WHERE collection = ? ORDER BY id", (key,)))
+
+    def chunk_ids_without_related(self, collection: str) -> set[str]:
+        """Chunks whose related chunks are not known: new ones, and those that have lost one."""
+        with self._database.read() as connection:
+            rows = connection.execute(
+                "SELECT DISTINCT chunk_id FROM chunks AS c WHERE collection = ? AND NOT EXISTS (SELECT 1 FROM related "
+                "AS r WHERE r.collection = c.collection AND r.chunk_id = c.chunk_id)",
+                (self._key(connection, collection),),
+            )
+            return {row[0] for row in rows}
+
+    def token_ids(self, collection: str, chunk_ids: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """The token ids of those of `chunk_ids` that are in the collection."""
+        with self._database.read() as connection:
+            rows = connection.execute(
+                "SELECT chunk_id, token_ids FROM chunks "
+                f"WHERE collection = ? AND chunk_id {_IN_LIST} GROUP BY chunk_id",
+                (self._key(connection, collection), json.dumps(list(chunk_ids))),
+            )
+            return {chunk_id: tuple(np.frombuffer(blob, "<i4").tolist()) for chunk_id, blob in rows}
+
     def record_kv(self, collection: str, objects: Iterable[KVObject]) -> None:
         """Books objects that have been written to the store.
 
@@ -103,6 +131,19 @@ class KVLedger:
             connection.execute(f"DELETE FROM kv_garbage WHERE digest {_IN_LIST}", listed)
             for (key,) in keys:
                 self._bump_kv(connection, key)
+
+    def discard_kv(self, digests: Iterable[str]) -> None:
+        """Makes garbage of objects that were written but are booked nowhere."""
+        with self._database.write() as connection:
+            self._discard(connection, digests)
+
+    def drop_stale_kv(self, collection: str, chunk_ids: Iterable[str]) -> None:
+        """Strikes the stale objects of these chunks from the collection's books; see `kv_garbage`."""
+        with self._database.write() as connection:
+            key = self._key(connection, collection)
+            where = f"collection = ? AND is_stale AND chunk_id {_IN_LIST}"
+            self._drop_objects(connection, where, (key, json.dumps(list(chunk_ids))))
+            self._bump_kv(connection, key)
 
     def kv_garbage(self) -> list[str]:
         """Digests of objects that nothing refers to any more: remove their files, then call `forget_kv`."""

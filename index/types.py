@@ -9,6 +9,7 @@ Invariant (I2 of docs/architecture.md): a chunk's token ids are fixed when it is
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias
@@ -82,7 +83,13 @@ class Chunk:
 
 @dataclass(frozen=True)
 class ScoredChunk:
-    """A search hit. `score` is the inner product of unit vectors, in [-1, 1]; higher is nearer."""
+    """A search hit. A higher `score` is better; which one it is, the search decides (`SearchConfig`):
+
+    dense       cosine of question and chunk, in [-1, 1]
+    lexical     b / (b + 10) of the BM25 value b, in (0, 1)
+    hybrid      reciprocal rank fusion as a share of its maximum (first in both rankings), in (0, 1]
+    re-ranked   the re-ranker's logit through a sigmoid, in (0, 1), whatever found the chunk
+    """
 
     chunk: Chunk
     score: float
@@ -104,8 +111,16 @@ class ChunkEncoder(Protocol):
 
 def chunk_id_of(token_ids: Sequence[int]) -> str:
     """Hex SHA-256 (first 32 digits) of the ids as little-endian 32-bit integers."""
-    raw = b"".join(int(t).to_bytes(4, "little") for t in token_ids)
-    return hashlib.sha256(raw).hexdigest()[:32]
+    return hashlib.sha256(np.array(token_ids, "<u4").tobytes()).hexdigest()[:32]
+
+
+_OF_FILE = re.compile(r"(file-[0-9a-f]{24})(?:-[0-9a-f]{16})?")
+
+
+def file_of(document_id: str) -> str | None:
+    """The id of the uploaded file that the document was read from; None where it was not read from an upload."""
+    found = _OF_FILE.fullmatch(document_id)
+    return None if found is None else found[1]
 
 
 class TextEmbedder(Protocol):
@@ -117,7 +132,14 @@ class TextEmbedder(Protocol):
         ...
 
     @property
+    def name(self) -> str: ...
+
+    @property
     def dim(self) -> int: ...
+
+    def num_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Of each text, without special tokens."""
+        ...
 
     def embed(self, texts: Sequence[str], progress: Callable[[int], None] | None = None) -> FloatArray:
         """float32 [len(texts), dim], unit length. `progress` is told how many texts are done."""
@@ -125,6 +147,19 @@ class TextEmbedder(Protocol):
 
     def embed_question(self, question: str) -> FloatArray:
         """float32 [dim], unit length, to be compared with the vectors of `embed`."""
+        ...
+
+
+class TextReranker(Protocol):
+    """Judges texts against a question; `index.rerank.Reranker` is the real one."""
+
+    @property
+    def name(self) -> str:
+        """As `SearchConfig.reranker` names it."""
+        ...
+
+    def scores(self, question: str, texts: Sequence[str]) -> list[float]:
+        """How well each text answers the question, in [0, 1]."""
         ...
 
 
@@ -207,6 +242,9 @@ class IngestFailure:
     reason: str
 
 
+IngestStage: TypeAlias = Literal["parsing", "chunking", "embedding", "storing"]
+
+
 @dataclass(frozen=True)
 class IngestProgress:
     """How far an ingest has come."""
@@ -215,6 +253,8 @@ class IngestProgress:
     num_files_read: int
     num_documents: int  # read so far, unchanged ones included
     num_chunks: int  # embedded so far
+    num_chunks_cut: int = 0  # of the documents read so far, unchanged ones left out
+    stage: IngestStage = "parsing"
 
 
 @dataclass(frozen=True)

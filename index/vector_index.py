@@ -106,16 +106,31 @@ class VectorIndex:
         if len(row_ids):
             self._index.remove_ids(row_ids)
 
-    def search(self, vectors: FloatArray, top_k: int) -> tuple[FloatArray, IntArray]:
+    def search(self, vectors: FloatArray, top_k: int, allowed: IntArray | None = None) -> tuple[FloatArray, IntArray]:
         """The nearest vectors of each of m: scores float32 [m, k], falling, and row ids int64 [m, k].
 
-        k = min(top_k, num_vectors). An approximate index may find fewer: its last row ids are then -1.
+        k = min(top_k, num_vectors). An approximate index may find fewer: its last row ids are then -1. allowed: row ids
+        int64 [n], the only ones to be found; an approximate index may find few of them, or none.
         """
-        k = min(top_k, self.num_vectors)
+        k = min(top_k, self.num_vectors if allowed is None else len(allowed))
         if k == 0:
             return np.empty((len(vectors), 0), np.float32), np.empty((len(vectors), 0), np.int64)
-        scores, row_ids = self._index.search(np.ascontiguousarray(vectors, np.float32), k)
+        parameters = None if allowed is None else self._parameters(allowed)
+        try:
+            scores, row_ids = self._index.search(np.ascontiguousarray(vectors, np.float32), k, params=parameters)
+        except RuntimeError:
+            if allowed is None:
+                raise
+            return self.search(vectors, 0)  # a kind of index (PQ) that cannot leave vectors out
         return scores, row_ids
+
+    def _parameters(self, allowed: IntArray) -> Any:
+        faiss = importlib.import_module("faiss")
+        selector = faiss.IDSelectorBatch(allowed)
+        ivf = faiss.try_extract_index_ivf(self._index)
+        if ivf is not None:  # all lists: the few allowed vectors may lie in any
+            return faiss.SearchParametersIVF(sel=selector, nprobe=ivf.nlist)
+        return faiss.SearchParameters(sel=selector)
 
     def save(self, path: Path, stamp: IndexStamp) -> None:
         """Writes stamp, index and checksum under a temporary name, then renames. Raises OSError."""

@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import pytest
 
-from index import ChunkingConfig, EmbeddingConfig, FusionRAGError, InvalidValue, VectorIndexConfig
+from index import ChunkingConfig, EmbeddingConfig, FusionRAGError, InvalidValue, SearchConfig, VectorIndexConfig
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,14 @@ from index import ChunkingConfig, EmbeddingConfig, FusionRAGError, InvalidValue,
         (EmbeddingConfig, "embedding_device", "cuda:"),
         (VectorIndexConfig, "faiss_factory", ""),
         (VectorIndexConfig, "faiss_factory", "IDMap,Flat"),
+        (SearchConfig, "top_k", 0),
+        (SearchConfig, "top_k", 201),
+        (SearchConfig, "search_mode", "fuzzy"),
+        (SearchConfig, "lexical_weight", 1.01),
+        (SearchConfig, "score_threshold", -0.1),
+        (SearchConfig, "score_threshold", float("nan")),
+        (SearchConfig, "max_similarity", 0.0),
+        (SearchConfig, "rerank_candidates", 0),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_the_name_of_its_field(config, name, value):
@@ -29,7 +37,7 @@ def test_a_value_out_of_range_is_refused_by_the_name_of_its_field(config, name, 
     assert caught.value.field == name
 
 
-@pytest.mark.parametrize("config", [ChunkingConfig, EmbeddingConfig, VectorIndexConfig])
+@pytest.mark.parametrize("config", [ChunkingConfig, EmbeddingConfig, SearchConfig, VectorIndexConfig])
 def test_every_knob_has_a_valid_default_and_a_help_text(config):
     config()
     assert all(len(field.metadata["help"]) > 20 for field in fields(config))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from index import Document, DocumentError, UnsupportedFormat, find_files, read_documents
-from index.documents import file_id
+from index.documents import UploadedAs, file_id
 from index.formats.parsed import clean
 
 
@@ -281,11 +281,13 @@ def test_ids_name_the_place_and_hashes_the_content(tmp_path, monkeypatch):
     assert read_one(write(tmp_path / "b.txt", "two")).document_id != changed.document_id
 
 
-def test_an_upload_is_known_by_the_source_it_is_given(tmp_path):
-    (one,) = read_documents(write(tmp_path / "tmp123.txt", "x"), source="report.txt")
-    (two,) = read_documents(write(tmp_path / "tmp456.txt", "x"), source="report.txt")
-    assert one == two
-    assert (one.title, one.source) == ("report", "report.txt")
+def test_an_upload_is_known_by_its_id_and_read_and_cited_by_its_name(tmp_path):
+    (one,) = read_documents(write(tmp_path / "file-1", "x"), UploadedAs("file-1", "report.txt"))
+    (two,) = read_documents(write(tmp_path / "file-2", '{"id": 7, "text": "y"}'), UploadedAs("file-2", "r.jsonl"))
+    assert (one.document_id, one.title, one.source) == ("file-1", "report", "report.txt")
+    assert (two.document_id.rpartition("-")[0], two.source) == ("file-2", "r.jsonl#7")
+    with pytest.raises(UnsupportedFormat, match=r"'\.exe' is not supported"):
+        list(read_documents(tmp_path / "file-1", UploadedAs("file-1", "a.exe")))
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.html", "a.pdf", "a.json", "a.jsonl"])

@@ -53,7 +53,7 @@ def test_a_long_text_is_the_mean_of_its_windows_weighted_by_their_tokens(minilm)
 def test_no_window_holds_more_tokens_than_the_model_reads(minilm, text):
     windows = list(minilm._windows([text]))
     assert len(windows) > 1
-    assert max(minilm._num_tokens([w.content for w in windows])) <= minilm._window_tokens
+    assert max(minilm.num_tokens([w.content for w in windows])) <= minilm._window_tokens
 
 
 def test_progress_counts_the_texts_that_are_done_up_to_all(minilm):
