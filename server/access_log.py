@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field
 from fusionrag.types import RequestStats
 
 logger = logging.getLogger("fusionrag.request")
-COMPLETION_ROUTES = ("/v1/chat/completions", "/v1/completions")
-QUIET_ROUTES = ("/health", "/metrics")  # polled by machines: logged at DEBUG
+COMPLETION_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+QUIET_ROUTES = ("/health", "/ready", "/metrics")  # polled by machines: logged at DEBUG
 
 
 @dataclass

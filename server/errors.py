@@ -139,7 +139,7 @@ def reply_for(error: Exception, request_id: str) -> ErrorReply:
 def _invalid(problems: Sequence[Any]) -> ErrorReply:
     """The first of pydantic's complaints, in words that name the parameter."""
     first = problems[0]
-    path = [str(part) for part in first["loc"] if part != "body"]
+    path = [str(part) for part in first["loc"][1:]]  # in front: body, query or path
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "json_invalid":
         return ErrorReply(400, f"the body is not valid JSON: {first['ctx']['error']} at character {path[0]}")

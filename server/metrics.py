@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from fusionrag.engine import EngineLoad
 from server.access_log import RequestRecord
+from server.ingestion import Ingestion
+from server.loop_lag import LoopLag
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 # vLLM's, so that dashboards compare like with like
@@ -43,6 +46,9 @@ class Metrics:
         self._requests = Counter(
             "fusionrag_requests", "Completion requests by how they ended", ["finish_reason"], registry=registry
         )
+        self._http_requests = Counter(
+            "fusionrag_http_requests", "All requests by route and status", ["route", "status"], registry=registry
+        )
         for name, help_text, read in (
             ("fusionrag_requests_running", "Requests that are being answered", lambda: load().num_running),
             ("fusionrag_requests_waiting", "Requests in the engine's queue", lambda: load().num_waiting),
@@ -51,8 +57,25 @@ class Metrics:
         ):
             Gauge(name, help_text, registry=registry).set_function(read)
 
+    def watch_loop(self, lag: LoopLag) -> None:
+        help_text = "Longest time that the event loop was blocked since the metrics were last read"
+        Gauge("fusionrag_event_loop_lag_seconds", help_text, registry=self._registry).set_function(lag.take)
+
+    def watch_ingestion(self, ingestion: Ingestion) -> None:
+        ended = Gauge(
+            "fusionrag_ingested_files", "Attached files by how their ingest ended", ["outcome"], registry=self._registry
+        )
+        for outcome in ingestion.outcomes:
+            ended.labels(outcome).set_function(partial(_outcome, ingestion, outcome))
+        for name, help_text, read in (
+            ("fusionrag_ingest_busy", "1 while attached files are ingested", lambda: float(ingestion.is_busy)),
+            ("fusionrag_ingest_restarts", "Times the ingest process died", lambda: float(ingestion.num_restarts)),
+        ):
+            Gauge(name, help_text, registry=self._registry).set_function(read)
+
     def observe(self, record: RequestRecord) -> None:
-        """Counts one finished request; requests to other endpoints than the completions are not counted."""
+        """Counts one finished request; all but the first counter are of the routes that answer questions."""
+        self._http_requests.labels(record.route, record.status).inc()
         if not record.generates:
             return
         self._requests.labels(record.outcome).inc()
@@ -75,3 +98,7 @@ class Metrics:
     def exposition(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
+
+
+def _outcome(ingestion: Ingestion, outcome: str) -> int:
+    return ingestion.outcomes[outcome]

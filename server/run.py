@@ -6,6 +6,7 @@ import asyncio
 import logging
 import socket
 import sys
+from functools import partial
 from types import FrameType
 
 import uvicorn
@@ -15,6 +16,9 @@ from fusionrag.rag import Rag
 from server import access_log
 from server.app import create_app
 from server.config import LOOPBACK, ServerConfig
+from server.keys import StoredKeys
+from server.live import LiveCollections
+from server.transport import ImpatientProtocol, check_tls
 from server.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -66,11 +70,18 @@ def listen(config: ServerConfig) -> socket.socket:
         raise ConfigError("port", message) from error
 
 
-def build_server(rag: Rag, config: ServerConfig) -> DrainingServer:
-    worker = Worker(rag.engine)
+def build_server(
+    rag: Rag, config: ServerConfig, live: LiveCollections | None = None, keys: StoredKeys | None = None
+) -> DrainingServer:
+    """The server that `serve` runs. Raises ConfigError for TLS files that cannot be used."""
+    if config.tls_certfile:
+        check_tls(config.tls_certfile, config.tls_keyfile)
+    worker = Worker(rag.engine, live.background if live else None)
     settings = uvicorn.Config(
-        create_app(rag, worker, config),
-        http="h11",
+        create_app(rag, worker, config, live, keys),
+        http=partial(ImpatientProtocol, head_timeout_s=config.head_timeout_s),  # type: ignore[arg-type]
+        ssl_certfile=config.tls_certfile or None,
+        ssl_keyfile=config.tls_keyfile or None,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -82,15 +93,20 @@ def build_server(rag: Rag, config: ServerConfig) -> DrainingServer:
     return DrainingServer(settings, worker, config.drain_timeout_s)
 
 
-def serve(rag: Rag, config: ServerConfig) -> None:
+def serve(rag: Rag, config: ServerConfig, live: LiveCollections | None = None, keys: StoredKeys | None = None) -> None:
     """Serves until SIGTERM or SIGINT. Writes one line to standard output when it is ready. Raises ConfigError."""
-    if not config.api_key and config.host not in LOOPBACK:
+    if not config.api_key and not (keys and keys.all()) and config.host not in LOOPBACK:
         logger.warning("everybody who reaches %s can ask questions: no api_key is set", config.host)
+    if config.api_key and not config.tls_certfile and config.host not in LOOPBACK:
+        logger.warning(
+            "keys and answers go unencrypted to %s: set tls_certfile, or put a TLS proxy in front", config.host
+        )
     if config.log_json:
         access_log.to_standard_error()
     with listen(config) as listener:
         host, port = listener.getsockname()[:2]
-        server = build_server(rag, config)
+        server = build_server(rag, config, live, keys)
         address = f"[{host}]" if ":" in host else host
-        server.announcement = f"FusionRAG serves {rag.model_name} on http://{address}:{port}\n"
+        scheme = "https" if config.tls_certfile else "http"
+        server.announcement = f"FusionRAG serves {rag.model_name} on {scheme}://{address}:{port}\n"
         server.run(sockets=[listener])

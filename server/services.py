@@ -12,6 +12,7 @@ from server.access_log import RequestRecord
 from server.answer import Preparation
 from server.config import ServerConfig
 from server.errors import ModelUnknown
+from server.live import LiveCollections
 from server.metrics import Metrics
 from server.worker import Worker
 
@@ -26,6 +27,7 @@ class Services:
     metrics: Metrics
     config: ServerConfig
     created: int = field(default_factory=lambda: int(time.time()))
+    live: LiveCollections | None = None  # None: collections change by the command line only
 
     def check_model(self, name: str) -> None:
         """Raises ModelUnknown."""
@@ -36,6 +38,11 @@ class Services:
 def owner_of(request: Request) -> str:
     """Whose request it is: the name of its API key; '' for the operator, and for everybody where keys are not used."""
     return str(request.state.owner)
+
+
+def timeout_of(request: Request) -> float:
+    """Seconds that the request has for its answer: the server's limit, or less where the client asked for less."""
+    return float(request.state.timeout_s)
 
 
 def record_of(request: Request) -> RequestRecord:

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import queue
 import threading
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Protocol
 
 from fusionrag.engine import Engine, EngineLoad, EngineRequest
 from fusionrag.types import TokenEvent
@@ -23,6 +26,7 @@ from index.errors import FusionRAGError
 from server.errors import Draining, EngineDown
 
 logger = logging.getLogger(__name__)
+BACKGROUND_LOOK_S = 0.5  # how long an idle engine sleeps before it asks for background work again
 
 
 @dataclass(frozen=True)
@@ -44,16 +48,34 @@ def _failed(request_id: str, error: Exception) -> TokenEvent:
     return TokenEvent(request_id, "", None, finish_reason="error", error=error)
 
 
-class Worker:
-    """Runs `engine` in a thread of its own. All methods belong to the event loop in which `start` was called."""
+class Background(Protocol):
+    """Work for the engine's thread that no request waits for."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    @property
+    def share(self) -> float:
+        """The share of the time that it may take while requests are running."""
+        ...
+
+    def step(self) -> bool:
+        """Does one bounded piece. False: there is nothing to do now."""
+        ...
+
+
+class Worker:
+    """Runs `engine` in a thread of its own. All methods belong to the event loop in which `start` was called.
+
+    `background` is stepped while the engine is idle, and while it is not, for its share of the time.
+    """
+
+    def __init__(self, engine: Engine, background: Background | None = None) -> None:
+        self._engine, self._background = engine, background
+        self._engine_s = self._background_s = 0.0  # spent since the engine was last idle
         self._commands: queue.SimpleQueue[_Submit | _Cancel | _Stop] = queue.SimpleQueue()
         self._inboxes: dict[str, asyncio.Queue[TokenEvent]] = {}
         self._load = engine.load
         self._failure: Exception | None = None
         self._draining = False
+        self._has_background = True  # there may be some
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -69,11 +91,15 @@ class Worker:
     def is_draining(self) -> bool:
         return self._draining
 
-    def check_ready(self) -> None:
-        """Raises EngineDown or Draining when no request can be served."""
+    def check_alive(self) -> None:
+        """Raises EngineDown when nothing will ever be answered again."""
         if self._failure is not None or not self._thread.is_alive():
             cause = type(self._failure).__name__ if self._failure else "its thread is not running"
             raise EngineDown(f"the engine has stopped ({cause}); the server must be restarted, its log has the details")
+
+    def check_ready(self) -> None:
+        """Raises EngineDown or Draining when no request can be served."""
+        self.check_alive()
         if self._draining:
             raise Draining("the server is stopping; send the request to another one")
 
@@ -134,7 +160,11 @@ class Worker:
             try:
                 running = self._obey_commands()
                 if running and not self._is_idle():
+                    begin = time.perf_counter()
                     self._post(self._engine.step())
+                    self._engine_s += time.perf_counter() - begin
+                if running and self._failure is None:
+                    self._step_background()
                 if self._failure is None:
                     self._load = self._engine.load
             except Exception as error:
@@ -143,13 +173,31 @@ class Worker:
     def _is_idle(self) -> bool:
         return self._failure is not None or not self._engine.has_work
 
+    def _step_background(self) -> None:
+        """One piece of background work, if it is its turn. What goes wrong there is no reason to stop serving."""
+        if self._background is None:
+            return
+        if not self._engine.has_work:
+            self._engine_s = self._background_s = 0.0
+        elif self._background_s > self._background.share * (self._engine_s + self._background_s):
+            return
+        begin = time.perf_counter()
+        try:
+            self._has_background = self._background.step()
+        except Exception:
+            logger.exception("background work failed; it is tried again later")
+            self._has_background = False
+        self._background_s += time.perf_counter() - begin
+
     def _obey_commands(self) -> bool:
-        """Takes all waiting commands, sleeping until there is one if the engine is idle. False: stop."""
-        idle = self._is_idle()
+        """Takes all waiting commands, sleeping until there is one if there is nothing else to do. False: stop."""
+        wait_s = 0.0
+        if self._is_idle() and not (self._has_background and self._failure is None):
+            wait_s = BACKGROUND_LOOK_S if self._background is not None and self._failure is None else math.inf
         with suppress(queue.Empty):
             while True:
-                command = self._commands.get(block=idle)
-                idle = False
+                command = self._commands.get(block=wait_s > 0, timeout=None if wait_s in (0, math.inf) else wait_s)
+                wait_s = 0.0
                 if isinstance(command, _Stop):
                     return False
                 self._obey(command)

@@ -13,11 +13,12 @@ from fusionrag.rag import Question
 from server import sse
 from server.access_log import COMPLETION_ROUTES
 from server.answer import Answer
-from server.api.common import ERRORS, json_response
+from server.api.common import STREAMED, json_response, timing_headers
+from server.citations import Citation, CitationStyle, CitedPiece
 from server.connection import ClientConnection
 from server.protocol.completions import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from server.replies.completions import ChatCompletion, ChatWording, TextCompletion, TextWording
-from server.services import Services, owner_of, record_of
+from server.services import Services, owner_of, record_of, timeout_of
 
 
 async def _events(
@@ -25,24 +26,30 @@ async def _events(
 ) -> AsyncGenerator[bytes, None]:
     """A streamed answer, event by event. What follows a `yield` runs once the transport has taken the event."""
     begun = False
+    unsent: tuple[Citation, ...] = ()
     async with aclosing(answer.pieces()) as pieces:
         async for piece in pieces:
-            yield sse.encode_event(wording.more(piece) if begun else wording.first(piece, answer.sources))
+            if not piece.text:
+                unsent = piece.citations
+                continue
+            yield sse.encode_event(wording.more(piece) if begun else wording.first(piece, answer))
             answer.record.mark_first_content()
             begun = True
     if not begun:
-        yield sse.encode_event(wording.first("", answer.sources))
-    yield sse.encode_event(wording.last(answer.finish_reason))
+        yield sse.encode_event(wording.first(CitedPiece(""), answer))
+    yield sse.encode_event(wording.last(unsent, answer))
     if include_usage:
-        yield sse.encode_event(wording.usage(answer.stats))
+        yield sse.encode_event(wording.usage(answer))
     yield sse.DONE
 
 
 def add_routes(app: FastAPI, services: Services) -> None:
     routes = _Routes(services)
-    chat, text = COMPLETION_ROUTES
-    app.add_api_route(chat, routes.chat_completions, methods=["POST"], response_model=ChatCompletion, responses=ERRORS)
-    app.add_api_route(text, routes.completions, methods=["POST"], response_model=TextCompletion, responses=ERRORS)
+    chat, text, *_ = COMPLETION_ROUTES
+    app.add_api_route(
+        chat, routes.chat_completions, methods=["POST"], response_model=ChatCompletion, responses=STREAMED
+    )
+    app.add_api_route(text, routes.completions, methods=["POST"], response_model=TextCompletion, responses=STREAMED)
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class _Routes:
         rag = self.services.rag
         question = body.question(owner_of(request), self.services.config.default_collection, rag.reuse, rag.search)
         wording = ChatWording(f"chatcmpl-{record_of(request).request_id}", int(time.time()), body.model)
-        return await self._answer(request, body, question, wording)
+        return await self._answer(request, body, question, wording, body.citations or "annotations")
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         """Continues a prompt."""
@@ -64,14 +71,20 @@ class _Routes:
         return await self._answer(request, body, body.question(owner_of(request)), wording)
 
     async def _answer(
-        self, request: Request, body: GenerationRequest, question: Question, wording: ChatWording | TextWording
+        self,
+        request: Request,
+        body: GenerationRequest,
+        question: Question,
+        wording: ChatWording | TextWording,
+        citations: CitationStyle = "none",
     ) -> Response:
-        record, config = record_of(request), self.services.config
+        record, timeout_s = record_of(request), timeout_of(request)
         record.collection = ",".join(question.collections) or None
-        answer = Answer(question, wording.id, self.services.preparation, self.services.worker, record)
+        answer = Answer(question, wording.id, self.services.preparation, self.services.worker, record, citations)
         if body.stream:
             events = _events(answer, wording, body.include_usage)
-            return sse.EventStream(events, config.request_timeout_s, config.keep_alive_s)
-        async with ClientConnection(request.receive, config.request_timeout_s) as client:
-            text = await client.result(answer.text())
-        return json_response(wording.whole(text, answer.finish_reason, answer.stats, answer.sources))
+            keep_alive_s = self.services.config.keep_alive_s
+            return sse.EventStream(events, timeout_s, keep_alive_s, lambda: timing_headers(record.stats))
+        async with ClientConnection(request.receive, timeout_s) as client:
+            said = await client.result(answer.whole())
+        return json_response(wording.whole(said, answer), timing_headers(record.stats))

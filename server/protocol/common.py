@@ -8,22 +8,41 @@ refused at any other; everything else is unknown and refused by name.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from typing import Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
+from pydantic_core import CoreSchema, core_schema
 
 MAX_NAME = 256  # characters; names come back in errors and logs
+MAX_ENTRIES = 4096  # of any list or object in a body, unless a model says less
+MAX_VALUES = 65_536  # in a whole body: what is short in bytes can be long to check
 
 
-def only(*allowed: object) -> AfterValidator:
-    """Accepts these values, told apart by type as well (False is not 0): the ones that ask for nothing."""
+@dataclass(frozen=True, eq=False)  # equal ones would be one to typing's cache of Annotated, and (0,) == (False,)
+class Only:
+    """What `only` makes: the check, and the same in the OpenAPI document."""
 
-    def check(value: object) -> object:
-        if value is None or any(value == a and type(value) is type(a) for a in allowed):
+    allowed: tuple[object, ...]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._checked, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        del schema, handler
+        return {"enum": [*self.allowed, None], "description": "accepted where it has no effect"}
+
+    def _checked(self, value: object) -> object:
+        # True is 1 to Python, but not to JSON
+        if value is None or any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in self.allowed):
             return value
-        choices = " or ".join([json.dumps(a) for a in allowed] + ["null"])
+        choices = " or ".join([json.dumps(a) for a in self.allowed] + ["null"])
         raise ValueError(f"this server does not support it; leave it out (or send {choices})")
 
-    return AfterValidator(check)
+
+def only(*allowed: object) -> Only:
+    """Accepts these values, a truth value and a number told apart: the ones that ask for nothing."""
+    return Only(allowed)
 
 
 def joined_text(content: object) -> object:
@@ -56,4 +75,20 @@ class Body(Strict):
             raise ValueError("the body is nested too deeply") from error
         except UnicodeEncodeError as error:
             raise ValueError(f"the body holds half a surrogate pair: {error.object[error.start]!a}") from error
+        _check_sizes(body)
         return body
+
+
+def _check_sizes(body: object) -> None:
+    """Raises ValueError where there are more values than any honest request has."""
+    num_values, unseen = 0, [body]
+    while unseen:
+        value = unseen.pop()
+        if isinstance(value, dict | list):
+            num_values += len(value)
+            if len(value) > MAX_ENTRIES or num_values > MAX_VALUES:
+                raise ValueError(
+                    f"the body holds a list or object of more than {MAX_ENTRIES} entries, or more than {MAX_VALUES} "
+                    "values in all; send less at once"
+                )
+            unseen.extend(value.values() if isinstance(value, dict) else value)

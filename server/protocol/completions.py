@@ -3,7 +3,8 @@
 Knows nothing of HTTP.
 
 Extensions, sent through the official client's `extra_body`: `top_k`, `min_p`, `repetition_penalty` and `ignore_eos`;
-for chats also `collection`, `documents`, `retrieval_top_k`, `recompute_ratio` and `method`.
+for chats also `collection`, `documents`, `retrieval_top_k`, `filters`, `recompute_ratio`, `method`, `citations` and
+`explain`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from fusionrag.rag import InlineDocument, Question, Turn, with_ratio
 from fusionrag.sampling import SamplingParams
 from index.config import SearchConfig
 from index.errors import InvalidValue
+from index.filters import Filter, parse_filter
+from server.citations import CitationStyle
 from server.protocol.common import MAX_NAME, Body, Strict, joined_text, only
 
 MAX_STOPS = 4
@@ -26,6 +29,16 @@ MAX_STOPS = 4
 
 def _listed(value: object) -> object:
     return [value] if isinstance(value, str) else value
+
+
+def changed_reuse(default: ReuseConfig, method: str | None, recompute_ratio: float | None) -> ReuseConfig | None:
+    """The server's way of reuse with a request's changes; None when there are none. Raises RequestError."""
+    if method is None and recompute_ratio is None:
+        return None
+    try:
+        return with_ratio(default, method, recompute_ratio)
+    except ConfigError as error:
+        raise RequestError(str(error), error.field) from error
 
 
 def _single(value: object) -> object:
@@ -118,6 +131,15 @@ class ChatCompletionRequest(GenerationRequest):
     retrieval_top_k: int | None = Field(default=None, ge=1, description="passages to retrieve")
     recompute_ratio: float | None = Field(default=None, description="share of the reused tokens that is recomputed")
     method: str | None = Field(default=None, description="how the recomputed tokens are chosen")
+    filters: dict[str, Any] | None = Field(
+        default=None, description="condition on the documents' metadata, in the form of OpenAI's vector stores"
+    )
+    citations: CitationStyle | None = Field(
+        default=None,
+        description="annotations (the default), inline (annotations, and markers [n] in the text: n is the `index` of "
+        "the source) or none",
+    )
+    explain: bool | None = Field(default=None, description="say which parts of the passages were recomputed")
 
     metadata: dict[str, str] | None = None  # labels for OpenAI's own store
     safety_identifier: str | None = None  # like `user`
@@ -163,17 +185,20 @@ class ChatCompletionRequest(GenerationRequest):
             collections=self._collections(default_collection),
             documents=tuple(InlineDocument(d.title, d.text, d.id) for d in self.documents or ()),
             search=self._search(default_search),
+            filter=self._filter(),
             sampling=self.sampling(),
-            reuse=self._reuse(default_reuse),
+            reuse=changed_reuse(default_reuse, self.method, self.recompute_ratio),
             owner=owner,
+            explain=bool(self.explain),
         )
 
     def _collections(self, default_collection: str) -> tuple[str, ...]:
         if self.collection and self.documents:
             raise RequestError("name a collection or send documents, not both", "documents")
         collection = None if self.documents else self.collection or default_collection or None
-        if self.retrieval_top_k is not None and collection is None:
-            raise RequestError("retrieval_top_k needs a collection to retrieve from", "retrieval_top_k")
+        for name in ("retrieval_top_k", "filters"):
+            if getattr(self, name) is not None and collection is None:
+                raise RequestError(f"{name} needs a collection to retrieve from", name)
         return (collection,) if collection else ()
 
     def _search(self, default: SearchConfig) -> SearchConfig | None:
@@ -185,14 +210,8 @@ class ChatCompletionRequest(GenerationRequest):
         except InvalidValue as error:
             raise RequestError(str(error), "retrieval_top_k") from error
 
-    def _reuse(self, default: ReuseConfig) -> ReuseConfig | None:
-        """The server's way of reuse with this request's changes; None when there are none."""
-        if self.method is None and self.recompute_ratio is None:
-            return None
-        try:
-            return with_ratio(default, self.method, self.recompute_ratio)
-        except ConfigError as error:
-            raise RequestError(str(error), error.field) from error
+    def _filter(self) -> Filter | None:
+        return None if self.filters is None else parse_filter(self.filters)
 
 
 class CompletionRequest(GenerationRequest):

@@ -1,8 +1,9 @@
 """The answers of the OpenAI API as this server spells them. Knows nothing of HTTP, of SSE or of how answers come about.
 
-Extensions: `sources` (the passages shown to the model: in a completion, and on the first chunk of a stream) and
-`usage.fusionrag` (what was reused and where the time went). `usage.prompt_tokens_details.cached_tokens` counts the
-tokens whose stored KV was used as it was.
+Extensions: `sources` (the passages shown to the model: in a completion, and on the first chunk of a stream and the one
+with its `finish_reason`), `usage.fusionrag` (what was reused and where the time went), and `annotations` on the deltas
+of a stream, each on the chunk that completes its sentence or on the one with the `finish_reason`.
+`usage.prompt_tokens_details.cached_tokens` counts the tokens whose stored KV was used as it was.
 """
 
 from __future__ import annotations
@@ -14,11 +15,17 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from fusionrag.rag import Source
-from fusionrag.types import RequestStats
+from server.answer import Answer
+from server.citations import Citation, CitedPiece
+from server.replies.citations import ChatAnnotation, chat_annotations
 
 
 def _is_none(value: object) -> bool:
     return value is None
+
+
+def _is_empty(value: Sequence[object]) -> bool:
+    return not value
 
 
 class SourceReply(BaseModel):
@@ -35,19 +42,23 @@ class SourceReply(BaseModel):
 
 
 class ChunkReply(BaseModel):
-    """What happened to one passage's KV."""
+    """What happened to one passage's KV. `recomputed`, where the request says `explain`: the characters [begin, end) of
+    the text of the source with this `chunk_id` that were recomputed."""
 
     chunk_id: str
     source: str
     kind: str
     num_tokens: int
     num_recomputed: int
+    recomputed: list[tuple[int, int]] | None = Field(default=None, exclude_if=_is_none)
 
 
 class Receipt(BaseModel):
-    """What one answer cost, up to its first token. Milliseconds as the engine measured them."""
+    """What one answer cost, up to its first token. Milliseconds as the engine measured them; `predicted_full_ms` is
+    what `ttft_ms` would be without reuse, null while the machine's speed is not known."""
 
     ttft_ms: float
+    predicted_full_ms: float | None
     phases_ms: dict[str, float]
     reused_tokens: int
     recomputed_tokens: int
@@ -67,25 +78,11 @@ class Usage(BaseModel):
     fusionrag: Receipt
 
 
-class UrlCitation(BaseModel):
-    url: str
-    title: str
-    start_index: int = 0
-    end_index: int = 0
-
-
-class Annotation(BaseModel):
-    """The form in which chat clients show sources."""
-
-    type: Literal["url_citation"] = "url_citation"
-    url_citation: UrlCitation
-
-
 class ChatMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
     content: str
     refusal: None = None
-    annotations: list[Annotation]
+    annotations: list[ChatAnnotation]
 
 
 class ChatChoice(BaseModel):
@@ -108,6 +105,7 @@ class ChatCompletion(BaseModel):
 class Delta(BaseModel):
     role: Literal["assistant"] | None = Field(default=None, exclude_if=_is_none)
     content: str | None = Field(default=None, exclude_if=_is_none)
+    annotations: list[ChatAnnotation] = Field(default=[], exclude_if=_is_empty)
 
 
 class ChatChunkChoice(BaseModel):
@@ -146,7 +144,8 @@ class TextCompletion(BaseModel):
     sources: list[SourceReply] | None = Field(default=None, exclude_if=_is_none)
 
 
-def usage_reply(stats: RequestStats) -> Usage:
+def receipt_reply(answer: Answer) -> Receipt:
+    stats, explained = answer.stats, answer.recomputed_text
     chunks = [
         ChunkReply(
             chunk_id=c.chunk_id,
@@ -154,27 +153,33 @@ def usage_reply(stats: RequestStats) -> Usage:
             kind=c.kind,
             num_tokens=c.num_tokens,
             num_recomputed=c.num_recomputed,
+            recomputed=list(explained[i]) if explained else None,
         )
-        for c in stats.chunks
+        for i, c in enumerate(stats.chunks)
     ]
-    receipt = Receipt(
+    return Receipt(
         ttft_ms=stats.ttft_ms,
+        predicted_full_ms=stats.predicted_full_ms,
         phases_ms={name.removesuffix("_ms"): ms for name, ms in asdict(stats.phases).items()},
         reused_tokens=stats.reused_tokens,
         recomputed_tokens=stats.recomputed_tokens,
         computed_tokens=stats.computed_tokens,
         chunks=chunks,
     )
+
+
+def usage_reply(answer: Answer) -> Usage:
+    stats = answer.stats
     return Usage(
         prompt_tokens=stats.prompt_tokens,
         completion_tokens=stats.completion_tokens,
         total_tokens=stats.prompt_tokens + stats.completion_tokens,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=stats.reused_tokens),
-        fusionrag=receipt,
+        fusionrag=receipt_reply(answer),
     )
 
 
-def _source_replies(sources: Sequence[Source]) -> list[SourceReply]:
+def source_replies(sources: Sequence[Source]) -> list[SourceReply]:
     return [SourceReply(**asdict(s)) for s in sources]
 
 
@@ -186,50 +191,60 @@ class ChatWording:
     created: int
     model: str
 
-    def whole(self, text: str, finish_reason: str, stats: RequestStats, sources: Sequence[Source]) -> BaseModel:
-        citations = [Annotation(url_citation=UrlCitation(url=s.source, title=s.title)) for s in sources]
-        choice = ChatChoice(message=ChatMessage(content=text, annotations=citations), finish_reason=finish_reason)
+    def whole(self, said: CitedPiece, answer: Answer) -> BaseModel:
+        message = ChatMessage(content=said.text, annotations=chat_annotations(said.citations))
         return ChatCompletion(
-            **asdict(self), choices=[choice], usage=usage_reply(stats), sources=_source_replies(sources)
+            **asdict(self),
+            choices=[ChatChoice(message=message, finish_reason=answer.finish_reason)],
+            usage=usage_reply(answer),
+            sources=source_replies(answer.sources),
         )
 
-    def first(self, text: str, sources: Sequence[Source]) -> BaseModel:
+    def first(self, said: CitedPiece, answer: Answer) -> BaseModel:
         """Role, first content and sources: one chunk, because a role alone would look like a first token."""
-        choice = ChatChunkChoice(delta=Delta(role="assistant", content=text))
-        return ChatChunk(**asdict(self), choices=[choice], sources=_source_replies(sources))
+        delta = Delta(role="assistant", content=said.text, annotations=chat_annotations(said.citations))
+        return self._chunk(ChatChunkChoice(delta=delta), answer.sources)
 
-    def more(self, text: str) -> BaseModel:
-        return ChatChunk(**asdict(self), choices=[ChatChunkChoice(delta=Delta(content=text))])
+    def more(self, said: CitedPiece) -> BaseModel:
+        delta = Delta(content=said.text, annotations=chat_annotations(said.citations))
+        return self._chunk(ChatChunkChoice(delta=delta))
 
-    def last(self, finish_reason: str) -> BaseModel:
-        return ChatChunk(**asdict(self), choices=[ChatChunkChoice(delta=Delta(), finish_reason=finish_reason)])
+    def last(self, citations: Sequence[Citation], answer: Answer) -> BaseModel:
+        """The citations that came without text, and the sources again, for clients that look at the end only."""
+        delta = Delta(annotations=chat_annotations(citations))
+        return self._chunk(ChatChunkChoice(delta=delta, finish_reason=answer.finish_reason), answer.sources)
 
-    def usage(self, stats: RequestStats) -> BaseModel:
-        return ChatChunk(**asdict(self), choices=[], usage=usage_reply(stats))
+    def usage(self, answer: Answer) -> BaseModel:
+        return ChatChunk(**asdict(self), choices=[], usage=usage_reply(answer))
+
+    def _chunk(self, choice: ChatChunkChoice, sources: Sequence[Source] | None = None) -> ChatChunk:
+        shown = None if sources is None else source_replies(sources)
+        return ChatChunk(**asdict(self), choices=[choice], sources=shown)
 
 
 @dataclass(frozen=True)
 class TextWording:
-    """Spells one answer for /v1/completions."""
+    """Spells one answer for /v1/completions. Its `sources` are empty: a plain prompt has no retrieval."""
 
     id: str
     created: int
     model: str
 
-    def whole(self, text: str, finish_reason: str, stats: RequestStats, sources: Sequence[Source]) -> BaseModel:
-        choice = TextChoice(text=text, finish_reason=finish_reason)
+    def whole(self, said: CitedPiece, answer: Answer) -> BaseModel:
+        choice = TextChoice(text=said.text, finish_reason=answer.finish_reason)
         return TextCompletion(
-            **asdict(self), choices=[choice], usage=usage_reply(stats), sources=_source_replies(sources)
+            **asdict(self), choices=[choice], usage=usage_reply(answer), sources=source_replies(answer.sources)
         )
 
-    def first(self, text: str, sources: Sequence[Source]) -> BaseModel:
-        return TextCompletion(**asdict(self), choices=[TextChoice(text=text)], sources=_source_replies(sources))
+    def first(self, said: CitedPiece, answer: Answer) -> BaseModel:
+        sources = source_replies(answer.sources)
+        return TextCompletion(**asdict(self), choices=[TextChoice(text=said.text)], sources=sources)
 
-    def more(self, text: str) -> BaseModel:
-        return TextCompletion(**asdict(self), choices=[TextChoice(text=text)])
+    def more(self, said: CitedPiece) -> BaseModel:
+        return TextCompletion(**asdict(self), choices=[TextChoice(text=said.text)])
 
-    def last(self, finish_reason: str) -> BaseModel:
-        return TextCompletion(**asdict(self), choices=[TextChoice(text="", finish_reason=finish_reason)])
+    def last(self, _: Sequence[Citation], answer: Answer) -> BaseModel:
+        return TextCompletion(**asdict(self), choices=[TextChoice(text="", finish_reason=answer.finish_reason)])
 
-    def usage(self, stats: RequestStats) -> BaseModel:
-        return TextCompletion(**asdict(self), choices=[], usage=usage_reply(stats))
+    def usage(self, answer: Answer) -> BaseModel:
+        return TextCompletion(**asdict(self), choices=[], usage=usage_reply(answer))

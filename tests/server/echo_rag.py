@@ -10,18 +10,20 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 
 import httpx
+import numpy as np
 
-from fusionrag.config import ReuseConfig
+from fusionrag.config import EngineConfig, ReuseConfig
 from fusionrag.engine import EngineLoad
 from fusionrag.errors import PromptTooLong, QueueFull
-from fusionrag.rag import Prepared, Question, Source
+from fusionrag.rag import Prepared, Question, Source, Turn
 from fusionrag.sampling import SamplingParams
 from fusionrag.types import ChunkReceipt, KVSource, Phases, RequestStats, TokenEvent
+from index.catalogue import Catalogue
 from index.config import SearchConfig
 from index.errors import CollectionNotFound
 from server.app import create_app
@@ -51,6 +53,11 @@ SOURCES = (
     Source(1, "c1", "d1", "Mars", "planets/mars.md", "Mars is red.", 0.9, None),
     Source(2, "c2", "d2", "Venus", "planets/venus.pdf", "Venus is hot.", 0.8, 3),
 )
+OFFSETS = (  # of the tokens of CHUNKS in the passages' texts; (0, 0): a token of the title
+    ((0, 0), (0, 4), (5, 7), (8, 12)),
+    ((0, 0), (0, 5), (6, 8), (9, 12), (12, 13)),
+    ((0, 0),) * 6,
+)
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,7 @@ class EchoEngine:
 
     delay_s: float = 0.0
     max_queue: int = 64
+    stats: RequestStats = STATS
     live: dict[str, tuple[EchoRequest, int]] = field(default_factory=dict)
     cancelled: list[str] = field(default_factory=list)
     threads: set[str] = field(default_factory=set)
@@ -74,6 +82,10 @@ class EchoEngine:
     @property
     def has_work(self) -> bool:
         return bool(self.live)
+
+    @property
+    def config(self) -> EngineConfig:
+        return EngineConfig(max_queue=max(0, self.max_queue - 1), max_num_requests=1)
 
     @property
     def load(self) -> EngineLoad:
@@ -100,15 +112,30 @@ class EchoEngine:
             raise RuntimeError("secret detail of a crash")
         if word == "!error":
             del self.live[request.request_id]
-            return TokenEvent(request.request_id, "", None, "error", STATS, RuntimeError("secret detail of an error"))
+            return TokenEvent(
+                request.request_id, "", None, "error", self.stats, RuntimeError("secret detail of an error")
+            )
         text = "" if word == "~" else (" " + word if at else word)
         at += 1
         finish = "stop" if at == len(words) else "length" if at == request.sampling.max_tokens else None
         self.live[request.request_id] = (request, at)
         if finish:
             del self.live[request.request_id]
-        stats = replace(STATS, completion_tokens=at) if finish or at == 1 else None
+        stats = replace(self.stats, completion_tokens=at) if finish or at == 1 else None
         return TokenEvent(request.request_id, text, at, finish, stats)
+
+
+class EchoEmbedder:
+    """The vector of a text is the direction of (its words, its letters)."""
+
+    name, dim = "acme/letters-1", 2
+
+    def num_tokens(self, texts: Sequence[str]) -> list[int]:
+        return [len(text.split()) for text in texts]
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        counts = np.array([(len(t.split()), len(t.replace(" ", ""))) for t in texts], np.float32)
+        return counts / np.linalg.norm(counts, axis=1, keepdims=True)
 
 
 @dataclass
@@ -122,6 +149,11 @@ class EchoRag:
     max_model_len: int = 64
     reuse: ReuseConfig = field(default_factory=ReuseConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    catalogue: Catalogue | None = None
+    embedder: EchoEmbedder | None = None
+
+    def search_text(self, turns: Sequence[Turn]) -> str:
+        return turns[-1].content
 
     def prepare(self, question: Question, request_id: str) -> Prepared:
         self.questions.append(question)
@@ -135,17 +167,23 @@ class EchoRag:
         sources = SOURCES if question.collections else ()
         for i, document in enumerate(question.documents, 1):
             sources += (Source(i, f"c{i}", document.document_id, document.title, "", document.text, None, None),)
-        return Prepared(EchoRequest(request_id, words, question.sampling), sources)
+        request = EchoRequest(request_id, words, question.sampling)
+        return Prepared(request, sources, OFFSETS if question.explain else ())
 
 
 @asynccontextmanager
-async def open_app(rag: EchoRag, config: ServerConfig | None = None) -> AsyncIterator[httpx.AsyncClient]:
-    """The app without a socket. Its lifespan runs; errors come back as replies, as from a real server."""
-    app = create_app(rag, Worker(rag.engine), config or ServerConfig(drain_timeout_s=0))
+async def open_app(
+    rag: EchoRag, config: ServerConfig | None = None, **parts: object
+) -> AsyncIterator[httpx.AsyncClient]:
+    """The app without a socket. Its lifespan runs; errors come back as replies, as from a real server.
+
+    parts: `live` and `keys` of `create_app`.
+    """
+    app = create_app(rag, Worker(rag.engine), config or ServerConfig(drain_timeout_s=0), **parts)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://test", timeout=10) as client,
+        httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=10) as client,
     ):
         yield client
 
@@ -159,15 +197,16 @@ class LiveServer:
 
 
 @contextmanager
-def serving(rag: EchoRag, config: ServerConfig) -> Iterator[LiveServer]:
-    """The real server on a free port of the loopback interface, in a thread."""
+def serving(rag: EchoRag, config: ServerConfig, **parts: object) -> Iterator[LiveServer]:
+    """The real server on a free port of the loopback interface, in a thread. parts: as for `open_app`."""
     with listen(replace(config, port=0)) as listener:
-        server = build_server(rag, config)
+        server = build_server(rag, config, **parts)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
             eventually(lambda: server.started)
-            yield LiveServer(f"http://127.0.0.1:{listener.getsockname()[1]}", rag, server, thread)
+            scheme = "https" if config.tls_certfile else "http"
+            yield LiveServer(f"{scheme}://127.0.0.1:{listener.getsockname()[1]}", rag, server, thread)
         finally:
             server.should_exit = True
             thread.join(10)

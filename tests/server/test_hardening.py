@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 import time
 
 import httpx
 import pytest
-from fastapi.routing import APIRoute
 
 from fusionrag.errors import ConfigError
 from server.app import create_app
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.anyio
 
 CHAT = "/v1/chat/completions"
 JSON = {"Content-Type": "application/json"}
-HEAD = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+HEAD = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 LOCKED = ServerConfig(api_key="sk-secret", drain_timeout_s=0)
 
 
@@ -33,28 +33,36 @@ def error_of(reply: httpx.Response, status: int) -> dict:
     return reply.json()["error"]
 
 
+TRICKS = [
+    ("POST", "/health"),
+    ("GET", "/health/../metrics"),
+    ("GET", "/health/"),
+    ("GET", "/HEALTH"),
+]
+TRICKS += [("GET", "/assets"), ("GET", "/%6detrics"), ("OPTIONS", CHAT), ("GET", "/v1/models?x=/health")]
+
+
 def all_routes() -> list[tuple[str, str]]:
+    """Those that do not need a data directory; of all others: test_tenants."""
     rag = EchoRag()
     routes = create_app(rag, Worker(rag.engine), LOCKED).routes
-    return [(method, route.path.replace("{model:path}", MODEL)) for route in routes for method in route.methods]
+    examples = {"{model:path}": MODEL, "{name}": "app.js"}
+    return [
+        (method, re.sub(r"\{.*?\}", lambda found: examples.get(found[0], "an-id"), route.path))
+        for route in routes
+        for method in sorted(route.methods)
+    ]
 
 
-def test_the_routes_are_the_documented_ones() -> None:
-    rag = EchoRag()
-    routes = {r.path for r in create_app(rag, Worker(rag.engine), LOCKED).routes if isinstance(r, APIRoute)}
-    models = {"/v1/models", "/v1/models/{model:path}"}
-    assert routes == {CHAT, "/v1/completions", "/health", "/metrics", *models}
-
-
-@pytest.mark.parametrize("method, path", [*all_routes(), ("GET", "/nowhere"), ("POST", "/health/../metrics")])
+@pytest.mark.parametrize("method, path", [*all_routes(), ("GET", "/nowhere"), *TRICKS])
 @pytest.mark.parametrize("key", [None, "Bearer wrong", "Bearer sk-secret2", "sk-secret", "Bearer \xff"])
-async def test_nothing_but_health_answers_without_the_key(
+async def test_nothing_but_probes_and_the_page_answers_without_the_key(
     rag: EchoRag, method: str, path: str, key: str | None
 ) -> None:
     headers = {"Authorization": key.encode("latin-1")} if key else {}
     async with open_app(rag, LOCKED) as client:
         reply = await client.request(method, path, headers=headers)
-    if path == "/health":
+    if path in ("/", "/health", "/ready", "/assets/app.js") and method in ("GET", "HEAD"):
         assert reply.status_code == 200
     elif method == "HEAD":
         assert reply.status_code == 401
@@ -159,7 +167,8 @@ async def test_a_client_that_sends_its_body_too_slowly_is_let_go(rag: EchoRag) -
 
 async def test_a_request_head_that_is_too_long_is_refused(rag: EchoRag) -> None:
     with serving(rag, ServerConfig(max_header_bytes=1024, drain_timeout_s=0)) as server:
-        answer = await asyncio.to_thread(raw, server.url, b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 2048)
+        head = b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 2048
+        answer = await asyncio.to_thread(raw, server.url, head)
     assert answer.startswith(b"HTTP/1.1 400 ")
 
 
@@ -212,11 +221,12 @@ async def test_an_error_in_mid_stream_is_the_last_event(client: httpx.AsyncClien
 
 async def test_a_crash_of_the_engine_turns_health_to_503_and_leaves_the_server_readable(rag: EchoRag) -> None:
     async with open_app(rag) as client:
-        assert (await client.get("/health")).json() == {"status": "ready"}
+        assert (await client.get("/health")).json() == {"status": "ok"}
         assert error_of(await client.post(CHAT, json=chat("!crash")), 503)["code"] == "engine_down"
         reply = await client.get("/health")
         assert error_of(reply, 503)["code"] == "engine_down"
         assert "secret" not in reply.text
+        error_of(await client.get("/ready"), 503)
         error_of(await client.post(CHAT, json=chat()), 503)
         assert (await client.get("/metrics")).status_code == 200
     assert len(rag.questions) == 1, "nothing is retrieved for an engine that is down"
@@ -250,3 +260,168 @@ async def test_a_client_that_hangs_up_frees_its_request(rag: EchoRag, stream: bo
         assert rag.engine.live == {}
         assert rag.engine.num_steps < 60, "it would have run to its end"
         assert httpx.get(server.url + "/health").status_code == 200
+
+
+# --- readiness ---
+
+
+async def test_a_server_with_a_full_queue_is_alive_but_not_ready(rag: EchoRag) -> None:
+    rag.engine.max_queue, rag.engine.delay_s = 1, 0.05
+    async with open_app(rag) as client:
+        assert (await client.get("/ready")).json() == {"status": "ready"}
+        asking = asyncio.create_task(client.post(CHAT, json=chat("word " * 60)))
+        reply = await eventually_unready(client)
+        assert error_of(reply, 503)["code"] == "queue_full"
+        assert int(reply.headers["retry-after"]) >= 1
+        assert (await client.get("/health")).status_code == 200
+        rag.engine.delay_s = 0
+        assert (await asking).status_code == 200
+        assert (await client.get("/ready")).status_code == 200
+
+
+async def eventually_unready(client: httpx.AsyncClient) -> httpx.Response:
+    while (reply := await client.get("/ready")).status_code == 200:
+        await asyncio.sleep(0.005)
+    return reply
+
+
+async def test_a_server_whose_retrieval_is_full_is_not_ready(rag: EchoRag) -> None:
+    rag.prepare_s = 0.3
+    async with open_app(rag, ServerConfig(num_prepare_threads=1, max_preparing=1, drain_timeout_s=0)) as client:
+        asking = asyncio.create_task(client.post(CHAT, json=chat()))
+        await until(lambda: rag.questions)
+        assert error_of(await client.get("/ready"), 503)["code"] == "queue_full"
+        await asking
+
+
+def test_a_draining_server_is_alive_but_not_ready(rag: EchoRag) -> None:
+    rag.engine.delay_s = 0.1
+    question = chat("word " * 60, stream=True)
+    with (
+        serving(rag, ServerConfig(drain_timeout_s=20)) as live,
+        httpx.stream("POST", live.url + CHAT, json=question) as reply,
+    ):
+        lines = reply.iter_lines()
+        next(lines)
+        live.server.handle_exit(15, None)
+        eventually(lambda: httpx.get(live.url + "/ready").status_code == 503)
+        late = httpx.get(live.url + "/ready")
+        assert error_of(late, 503)["code"] == "draining"
+        assert int(late.headers["retry-after"]) >= 1
+        assert httpx.get(live.url + "/health").status_code == 200
+        rag.engine.delay_s = 0
+
+
+# --- what a head may ask for ---
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_can_ask_for_a_shorter_deadline_than_the_servers(rag: EchoRag, stream: bool) -> None:
+    rag.engine.delay_s = 0.2
+    async with open_app(rag) as client:
+        reply = await client.post(CHAT, json=chat("~ ~ ~ ~ ~ a", stream=stream), headers={"X-Request-Timeout": "0.1"})
+        assert error_of(reply, 504)["code"] == "timeout"
+        assert "0.1 s" in reply.json()["error"]["message"]
+        assert reply.headers["x-should-retry"] == "false"
+        await until(lambda: len(rag.engine.cancelled) == 1)
+
+
+async def test_a_stream_that_has_begun_ends_with_an_error_event_at_the_clients_deadline(rag: EchoRag) -> None:
+    rag.engine.delay_s = 0.05
+    async with open_app(rag) as client:
+        headers = {"X-Request-Timeout": "0.3"}
+        reply = await client.post(CHAT, json=chat("word " * 50, stream=True), headers=headers)
+    assert reply.status_code == 200
+    *_, last, _ = reply.text.split("\n\n")
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
+
+
+async def test_a_client_cannot_ask_for_more_time_than_the_server_gives(rag: EchoRag) -> None:
+    rag.engine.delay_s = 0.3
+    async with open_app(rag, ServerConfig(request_timeout_s=0.1, drain_timeout_s=0)) as client:
+        reply = await client.post(CHAT, json=chat("a b c"), headers={"X-Request-Timeout": "600"})
+    assert "0.1 s" in error_of(reply, 504)["message"]
+
+
+@pytest.mark.parametrize("value", ["0", "0.0", "-1", "nan", "inf", "1e3", "soon", " 1 2", "1234567", "١"])
+async def test_a_deadline_that_is_no_time_is_refused_by_the_headers_name(client: httpx.AsyncClient, value: str) -> None:
+    reply = await client.get("/v1/models", headers={"X-Request-Timeout": value.encode()})
+    assert error_of(reply, 400)["param"] == "X-Request-Timeout"
+
+
+async def test_a_head_with_too_many_fields_is_refused(client: httpx.AsyncClient) -> None:
+    fields = [(f"x-{i}", "") for i in range(90)]
+    assert (await client.get("/v1/models", headers=fields)).status_code == 200
+    error_of(await client.get("/v1/models", headers=[*fields, *fields]), 431)
+
+
+# --- what a body may hold ---
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        chat() | {"metadata": {str(i): "" for i in range(5000)}},
+        chat() | {"documents": [{"text": "a"}] * 5000},
+        chat() | {"tools": [[[1] * 4000] * 20]},
+    ],
+)
+async def test_a_body_of_more_values_than_any_honest_one_is_refused_before_it_is_read(
+    client: httpx.AsyncClient, rag: EchoRag, body: dict[str, object]
+) -> None:
+    reply = await client.post(CHAT, json=body)
+    assert "send less at once" in error_of(reply, 400)["message"]
+    assert rag.questions == []
+
+
+async def test_a_body_of_many_values_is_answered(client: httpx.AsyncClient, rag: EchoRag) -> None:
+    documents = [{"text": f"passage {i}"} for i in range(4000)]
+    reply = await client.post(CHAT, json=chat(documents=documents))
+    assert reply.status_code == 200 and len(rag.questions[0].documents) == 4000
+
+
+@pytest.mark.parametrize("value, status", [(1, 200), (1.0, 200), (None, 200), (True, 400), (2, 400), ("1", 400)])
+async def test_a_parameter_that_is_not_honoured_is_accepted_where_it_has_no_effect(client, value, status) -> None:
+    """A number is the same number however it is spelled; a truth value is none."""
+    assert (await client.post(CHAT, json=chat(n=value))).status_code == status
+
+
+async def test_the_document_says_which_values_those_are(client: httpx.AsyncClient) -> None:
+    schemas = (await client.get("/openapi.json")).json()["components"]["schemas"]
+    assert schemas["ChatCompletionRequest"]["properties"]["n"]["enum"] == [1, None]
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+async def test_a_page_of_another_site_may_not_use_a_server_without_keys(rag: EchoRag, site: str) -> None:
+    headers = {"Sec-Fetch-Site": site}
+    async with open_app(rag) as client:
+        assert (await client.get("/v1/models", headers=headers)).status_code == 403
+        assert (await client.get("/v1/models", headers={"Sec-Fetch-Site": "same-origin"})).status_code == 200
+    async with open_app(rag, ServerConfig(api_key="k", drain_timeout_s=0)) as client:
+        headers["Authorization"] = "Bearer k"
+        assert (await client.get("/v1/models", headers=headers)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("config", "host", "status"),
+    [
+        ({}, "localhost:8000", 200),
+        ({}, "127.0.0.1", 200),
+        ({}, "[::1]:8000", 200),
+        ({}, "evil.example:8000", 403),
+        ({}, "localhost.evil.example", 403),
+        ({"allowed_hosts": "a.example, rag.example"}, "RAG.example", 200),
+        ({"allowed_hosts": "rag.example"}, "evil.example", 403),
+        ({"host": "0.0.0.0"}, "rag.example", 200),
+        ({"api_key": "k"}, "rag.example", 200),
+    ],
+)
+async def test_a_server_without_keys_on_loopback_is_reached_by_its_own_names_only(
+    rag: EchoRag, config: dict[str, str], host: str, status: int
+) -> None:
+    """Or a site could point its own name at the user's machine, and its pages would be of the server's site."""
+    async with open_app(rag, ServerConfig(**config, drain_timeout_s=0)) as client:
+        reply = await client.get("/v1/models", headers={"Host": host, "Authorization": "Bearer k"})
+    assert reply.status_code == status
+    if status == 403:
+        assert "allowed_hosts" in reply.json()["error"]["message"]

@@ -15,6 +15,8 @@ pytestmark = pytest.mark.anyio
 
 ASK = {"model": MODEL, "messages": [{"role": "user", "content": "the red planet"}]}
 
+FACTS = {"model": MODEL, "messages": [{"role": "user", "content": "Mars is red. Venus is hot"}]}
+
 
 def client_of(live: LiveServer, **more: object) -> openai.OpenAI:
     return openai.OpenAI(base_url=live.url + "/v1", api_key=more.pop("api_key", "none"), max_retries=0, **more)
@@ -30,12 +32,15 @@ def test_a_whole_chat_answer_is_read_with_usage_sources_and_citations(client: op
     answer = client.chat.completions.create(**ASK, extra_body={"collection": "planets"})
     assert answer.choices[0].message.content == "the red planet"
     assert answer.choices[0].finish_reason == "stop"
-    assert answer.choices[0].message.annotations[0].url_citation.url == "planets/mars.md"
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (20, 3, 23)
     assert answer.usage.prompt_tokens_details.cached_tokens == 7
     assert answer.usage.fusionrag["recomputed_tokens"] == 2
     assert answer.sources[0]["title"] == "Mars"
     assert answer.id == "chatcmpl-" + answer._request_id
+    cited = client.chat.completions.create(**FACTS, extra_body={"collection": "planets"}).choices[0].message
+    assert [a.type for a in cited.annotations] == ["url_citation", "file_citation"] * 2
+    assert [a.url_citation.url for a in cited.annotations[::2]] == ["planets/mars.md", "planets/venus.pdf"]
+    assert cited.annotations[2].url_citation.start_index == len("Mars is red. ")
 
 
 def test_a_streamed_chat_answer_is_read_chunk_by_chunk(client: openai.OpenAI) -> None:
@@ -44,7 +49,7 @@ def test_a_streamed_chat_answer_is_read_chunk_by_chunk(client: openai.OpenAI) ->
     assert [c.choices[0].delta.content for c in chunks] == ["the", " red", " planet", None]
     assert [c.choices[0].delta.role for c in chunks] == ["assistant", None, None, None]
     assert [c.choices[0].finish_reason for c in chunks] == [None, None, None, "stop"]
-    assert chunks[0].sources[1]["page"] == 3
+    assert chunks[0].sources[1]["page"] == chunks[-1].sources[1]["page"] == 3
     assert usage.choices == [] and usage.usage.total_tokens == 23
 
 
@@ -53,6 +58,30 @@ def test_the_clients_own_stream_accumulator_understands_the_stream(client: opena
         deltas = [event.delta for event in stream if event.type == "content.delta"]
         final = stream.get_final_completion()
     assert "".join(deltas) == final.choices[0].message.content == "the red planet"
+
+
+@pytest.mark.parametrize("style", ["annotations", "inline"])
+def test_the_accumulator_puts_the_citations_of_a_stream_together_as_they_are_sent_whole(
+    client: openai.OpenAI, style: str
+) -> None:
+    """It merges list entries by their `index`, and raises where one has none."""
+    extra = {"collection": "planets", "citations": style}
+    whole = client.chat.completions.create(**FACTS, extra_body=extra).choices[0].message
+    with client.chat.completions.stream(**FACTS, extra_body=extra) as stream:
+        for _ in stream:
+            pass
+        streamed = stream.get_final_completion().choices[0].message
+    assert streamed.content == whole.content
+    assert len(whole.annotations) == 4
+    merged = [a.to_dict(exclude_none=True) for a in streamed.annotations]
+    assert merged == [a.to_dict() for a in whole.annotations]
+
+
+def test_an_answer_can_be_sent_back_as_it_came(client: openai.OpenAI) -> None:
+    said = client.chat.completions.create(**FACTS, extra_body={"collection": "planets"}).choices[0].message
+    messages = [*FACTS["messages"], said, {"role": "user", "content": "and Pluto?"}]
+    again = client.chat.completions.create(model=MODEL, messages=messages)
+    assert again.choices[0].message.content == "and Pluto?"
 
 
 def test_completions_are_read_whole_and_streamed(client: openai.OpenAI) -> None:

@@ -38,7 +38,7 @@ def test_sigterm_lets_a_running_stream_finish_and_exits_cleanly() -> None:
             lines = reply.iter_lines()
             next(lines)
             process.send_signal(signal.SIGTERM)
-            eventually(lambda: httpx.get(url + "/health").status_code == 503)
+            eventually(lambda: httpx.get(url + "/ready").status_code == 503)
             late = httpx.post(url + "/v1/chat/completions", json=chat())
             assert (late.status_code, late.json()["error"]["code"]) == (503, "draining")
             assert int(late.headers["retry-after"]) >= 1
@@ -72,7 +72,7 @@ def test_a_second_signal_does_not_wait_for_the_drain(rag: EchoRag) -> None:
         asking.start()
         eventually(lambda: rag.engine.live)
         live.server.handle_exit(signal.SIGTERM, None)
-        eventually(lambda: httpx.get(live.url + "/health").status_code == 503)
+        eventually(lambda: httpx.get(live.url + "/ready").status_code == 503)
         assert not live.server.should_exit
         live.server.handle_exit(signal.SIGTERM, None)
         assert live.server.should_exit

@@ -140,3 +140,31 @@ async def test_when_time_is_over_before_the_first_event_the_application_is_told(
     with pytest.raises(RequestTimeout, match=r"0\.05 s"):
         await send(source, client, timeout_s=0.05)
     assert source.closed and client.sent == []
+
+
+@given(st.text())
+def test_a_named_event_has_its_name_on_a_line_in_front(text: str) -> None:
+    assert encode_event(Said(text=text), "response.created") == b"event: response.created\n" + encode_event(
+        Said(text=text)
+    )
+
+
+async def test_late_headers_are_asked_for_when_there_is_something_to_send() -> None:
+    client, known = Client(), {}
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        known["Server-Timing"] = "queue;dur=1"
+        yield b"one"
+        known["Server-Timing"] = "too late"
+
+    response = EventStream(events(), 5, 5, late_headers=lambda: known)
+    await response({"type": "http"}, client.receive, client.send)
+    assert dict(client.sent[0]["headers"])[b"server-timing"] == b"queue;dur=1"
+
+
+async def test_a_format_may_have_its_own_way_to_end_a_stream_that_failed() -> None:
+    client, source = Client(), Source(b"one", RequestTimeout("given up"))
+    response = EventStream(source.events(), 5, 5, failure=lambda reply: f"{reply.status} {reply.message}".encode())
+    await response({"type": "http", "state": {"record": RequestRecord("id")}}, client.receive, client.send)
+    assert client.body == b"one504 given up"
+    assert client.sent[-1]["more_body"] is False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 
@@ -151,3 +152,58 @@ async def test_the_load_is_the_engines_after_its_latest_step() -> None:
         await until(lambda: worker.load.num_running == 1 and worker.load.arena_used_tokens == 32)
         await reader
         await until(lambda: worker.load.num_running == 0)
+
+
+class Chores:
+    """Background work of so many pieces; fails at piece number `fails_at`."""
+
+    def __init__(self, num_pieces: int, piece_s: float = 0.0, fails_at: int = -1, share: float = 0.1) -> None:
+        self.left, self.piece_s, self.fails_at, self.share = num_pieces, piece_s, fails_at, share
+        self.threads: set[str] = set()
+
+    def step(self) -> bool:
+        self.threads.add(threading.current_thread().name)
+        if self.left == self.fails_at:
+            self.fails_at = -1
+            raise RuntimeError("a chore went wrong")
+        if self.left == 0:
+            return False
+        time.sleep(self.piece_s)
+        self.left -= 1
+        return True
+
+
+@asynccontextmanager
+async def with_chores(engine: EchoEngine, chores: Chores) -> AsyncIterator[Worker]:
+    worker = Worker(engine, chores)
+    worker.start()
+    try:
+        yield worker
+    finally:
+        worker.stop()
+
+
+async def test_an_idle_engine_does_its_background_work_in_its_own_thread() -> None:
+    chores = Chores(50)
+    async with with_chores(EchoEngine(), chores):
+        await until(lambda: chores.left == 0)
+    assert chores.threads == {"engine"}
+
+
+async def test_background_work_takes_its_share_of_a_busy_engine_and_no_more() -> None:
+    chores, engine = Chores(10_000, piece_s=0.005, share=0.2), EchoEngine(delay_s=0.005)
+    async with with_chores(engine, chores) as worker:
+        first = asyncio.create_task(events_of(worker, request("a " * 60)))
+        await first
+    done = 10_000 - chores.left
+    assert done >= 5  # 60 steps of 5 ms: a fifth of the time is 15 pieces
+    assert done <= 40
+
+
+async def test_background_work_that_fails_is_tried_again_and_stops_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    chores = Chores(5, fails_at=3)
+    async with with_chores(EchoEngine(), chores) as worker:
+        assert len(await events_of(worker, request("a b"))) == 2
+        await until(lambda: chores.left == 0)
+        worker.check_ready()
+    assert "a chore went wrong" in caplog.text
