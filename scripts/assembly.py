@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from fusionrag.config import (
     EngineConfig,
     ModelConfig,
+    PreprocessConfig,
     PromptConfig,
     RetrievalConfig,
     ReuseConfig,
@@ -20,33 +22,99 @@ from fusionrag.model import LanguageModel, load_model, load_tokenizer
 from fusionrag.prompt import PromptBuilder
 from fusionrag.rag import Rag
 from fusionrag.store import open_store
-from index import Catalogue, DataDir, Embedder, Retriever
-from index.config import EmbeddingConfig, SearchConfig, VectorIndexConfig
+from fusionrag.upkeep import Upkeep
+from index import Catalogue, DataDir, Embedder, Reranker, Retriever
+from index.config import ChunkingConfig, EmbeddingConfig, SearchConfig, VectorIndexConfig
+from index.ingest_queue import IngestQueue
+from index.library import Library
+from index.library_types import MadeWith
 from scripts.options import build
+
+if TYPE_CHECKING:
+    from server.live import LiveCollections
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A ready `Rag`, and what it stands on."""
+
+    rag: Rag
+    data_dir: DataDir
+    catalogue: Catalogue
+    embedder: Embedder
+    retriever: Retriever
 
 
 @contextmanager
 def open_rag(args: argparse.Namespace, model: LanguageModel | None = None) -> Iterator[Rag]:
     """A ready `Rag` over the data directory. Collections are read; nothing is written but quarantined KV."""
+    with open_parts(args, model) as parts:
+        yield parts.rag
+
+
+@contextmanager
+def open_parts(args: argparse.Namespace, model: LanguageModel | None = None) -> Iterator[Parts]:
+    """As `open_rag`, for those who need its parts too."""
     data_dir = DataDir(args.data_dir)
     store_config = build(StoreConfig, args)
     model = model or load_model(build(ModelConfig, args))
     prompts = PromptBuilder(model.tokenizer, build(PromptConfig, args))
     engine = Engine(model, open_store(data_dir.kv, store_config), build(EngineConfig, args), store_config.kv_codec)
     engine.prefix(prompts.prefix_ids)  # now, not in the first request
-    embedder = Embedder(build(EmbeddingConfig, args))
+    embedding = build(EmbeddingConfig, args)
+    embedder = Embedder(embedding)
     embedder.embed_question("warm up")  # loads the model now, not in the first request
+    search = build(SearchConfig, args)
+    reranker = Reranker(search.reranker, embedding.embedding_device) if search.reranker else None
     with Catalogue(data_dir.catalogue) as catalogue:
-        retriever = Retriever(catalogue, data_dir, embedder, build(VectorIndexConfig, args))
-        yield Rag(
+        retriever = Retriever(catalogue, data_dir, embedder, build(VectorIndexConfig, args), reranker)
+        rag = Rag(
             engine,
             prompts,
             build(RetrievalConfig, args),
             build(ReuseConfig, args),
             catalogue,
             retriever,
-            build(SearchConfig, args),
+            search,
         )
+        yield Parts(rag, data_dir, catalogue, embedder, retriever)
+
+
+def live_collections(args: argparse.Namespace, parts: Parts) -> LiveCollections:
+    """What a server needs to change collections while it serves: uploads, their ingest, and the upkeep of their KV."""
+    from server.config import IngestionConfig
+    from server.ingest_messages import Setup
+    from server.ingestion import Ingestion
+    from server.live import LiveCollections
+
+    config, chunking = build(IngestionConfig, args), build(ChunkingConfig, args)
+    setup = Setup(
+        str(parts.data_dir.path.resolve()),
+        build(ModelConfig, args),
+        build(PromptConfig, args),
+        chunking,
+        build(EmbeddingConfig, args),
+        config.ingest_nice,
+        config.ingest_memory_bytes,
+    )
+    rag, catalogue, embedder = parts.rag, parts.catalogue, parts.embedder
+    fingerprint = rag.prompts.fingerprint
+    return LiveCollections(
+        Library(catalogue, parts.data_dir),
+        Ingestion(IngestQueue(catalogue, parts.data_dir), setup, config.ingest_timeout_s),
+        parts.retriever,
+        MadeWith(fingerprint, embedder.fingerprint, embedder.dim),
+        chunking,
+        Upkeep(
+            rag.engine,
+            catalogue,
+            parts.data_dir,
+            rag.prompts.prefix_ids,
+            fingerprint,
+            build(PreprocessConfig, args),
+            build(VectorIndexConfig, args),
+        ),
+    )
 
 
 def open_prompts(args: argparse.Namespace) -> PromptBuilder:

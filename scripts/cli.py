@@ -14,11 +14,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from index.errors import FusionRAGError
+from scripts.options import warn_of_unknown_variables
 
 COMMANDS = {
     "ingest": "read documents, cut them into chunks, embed and index them",
     "preprocess": "compute the KV caches of all chunks that lack them",
     "serve": "serve the OpenAI-compatible HTTP endpoint",
+    "keys": "add, list or remove the API keys of a server",
     "ask": "answer one question here and now, with sources and a TTFT breakdown",
     "evaluate": "quality of every method against full prefill on a dataset",
     "bench": "measure TTFT, kernels or a running server under load",
@@ -34,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )
+    warn_of_unknown_variables()
     try:
         return int(_module(args.command).run(args))
     except FusionRAGError as error:

@@ -1,14 +1,16 @@
 """Command-line flags and TOML keys, generated from the configuration dataclasses.
 
-A knob is one dataclass field; `--chunk-tokens`, `chunk_tokens = …` in the file named by `--config` and
-`ChunkingConfig.chunk_tokens` are the same thing under the same name. A flag wins over the file, the file over
-the default.
-Unknown keys and malformed values are refused by name.
+A knob is one dataclass field; `--chunk-tokens`, the environment variable `FUSIONRAG_CHUNK_TOKENS`, `chunk_tokens = …`
+in the file named by `--config` and `ChunkingConfig.chunk_tokens` are the same thing under the same name. A flag wins
+over the environment, that over the file, the file over the default. Unknown keys and malformed values are refused by
+name; unknown variables are only warned of, for others set variables too.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import tomllib
 from dataclasses import Field, fields
 from pathlib import Path
@@ -26,7 +28,10 @@ from fusionrag.config import (
 from fusionrag.errors import ConfigError
 from index.config import ChunkingConfig, EmbeddingConfig, SearchConfig, VectorIndexConfig
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
+VARIABLE_PREFIX = "FUSIONRAG_"
+OTHER_VARIABLES = ("FUSIONRAG_CACHE", "FUSIONRAG_DATA_DIR", "FUSIONRAG_CONFIG")  # those that are no knob's
 
 CONFIGS: tuple[type, ...] = (
     ModelConfig,
@@ -42,13 +47,14 @@ CONFIGS: tuple[type, ...] = (
     EngineConfig,
 )
 _KINDS: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
+_BOOLS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
 def all_configs() -> tuple[type, ...]:
     """Every configuration class, the server's too; importing that needs the server's libraries."""
-    from server.config import ServerConfig
+    from server.config import IngestionConfig, ServerConfig
 
-    return (*CONFIGS, ServerConfig)
+    return (*CONFIGS, ServerConfig, IngestionConfig)
 
 
 def add_config_flags(parser: argparse.ArgumentParser, *classes: type) -> None:
@@ -63,7 +69,8 @@ def add_config_flags(parser: argparse.ArgumentParser, *classes: type) -> None:
 def _add_flag(group: Any, field: Field[Any]) -> None:
     kind, flag = _KINDS[str(field.type)], "--" + field.name.replace("_", "-")
     text = str(field.metadata.get("help", "")).replace("%", "%%")
-    help = f"{text} (default: {field.default!r})".replace("(default: '')", "")
+    default = "" if field.default == "" else f"default: {field.default!r}; "
+    help = f"{text} ({default}{variable(field.name)})"
     options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": help}
     if kind is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
@@ -74,20 +81,33 @@ def _add_flag(group: Any, field: Field[Any]) -> None:
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
     """Where the data lies, and the configuration file."""
+    add_data_dir_flag(parser)
+    file = os.environ.get("FUSIONRAG_CONFIG")
     parser.add_argument(
-        "--data-dir", type=Path, default=Path("fusionrag-data"), help="data directory (default: %(default)s)"
+        "--config",
+        type=Path,
+        default=Path(file) if file else None,
+        help="TOML file with any of the knobs below, e.g. top_k = 5 (FUSIONRAG_CONFIG)",
     )
-    parser.add_argument("--config", type=Path, help="TOML file with any of the knobs below, e.g. top_k = 5")
+
+
+def add_data_dir_flag(parser: argparse.ArgumentParser) -> None:
+    default = Path(os.environ.get("FUSIONRAG_DATA_DIR") or "fusionrag-data")
+    parser.add_argument(
+        "--data-dir", type=Path, default=default, help="data directory (default: %(default)s; FUSIONRAG_DATA_DIR)"
+    )
 
 
 def build(cls: type[T], args: argparse.Namespace) -> T:
-    """The configuration of one class from flags, file and defaults. Raises ConfigError naming the knob."""
+    """The configuration of one class from flags, environment, file and defaults. Raises ConfigError naming the knob."""
     values = dict(read_file(getattr(args, "config", None)))
     given = vars(args)
     chosen = {}
     for field in fields(cls):  # type: ignore[arg-type]
         if field.name in given:
             chosen[field.name] = given[field.name]
+        elif (text := os.environ.get(variable(field.name))) is not None:
+            chosen[field.name] = _parsed(field, text)
         elif field.name in values:
             chosen[field.name] = _checked(field, values[field.name])
     return cls(**chosen)
@@ -113,5 +133,33 @@ def _checked(field: Field[Any], value: Any) -> Any:
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise ConfigError(field.name, f"must be of type {field.type}, got {value!r}")
+        raise ConfigError(field.name, f"must be of type {field.type}, got {_shown(field, value)}")
     return value
+
+
+def variable(name: str) -> str:
+    """The environment variable of a knob."""
+    return VARIABLE_PREFIX + name.upper()
+
+
+def warn_of_unknown_variables() -> None:
+    """Logs a warning for every variable that has our prefix and no meaning, because it may be a misspelt one."""
+    known = {variable(field.name) for cls in all_configs() for field in fields(cls)} | set(OTHER_VARIABLES)
+    for name in sorted(set(os.environ) - known):
+        if name.startswith(VARIABLE_PREFIX):
+            logger.warning("the environment variable %s is no knob and has no effect; see --help for the names", name)
+
+
+def _parsed(field: Field[Any], text: str) -> Any:
+    """The value that a variable's text stands for. Raises ConfigError naming the knob and the variable."""
+    kind = _KINDS[str(field.type)]
+    try:
+        return _BOOLS[text.strip().lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError) as error:
+        choices = "1, true, yes, on, 0, false, no or off" if kind is bool else f"of type {field.type}"
+        message = f"{variable(field.name)} must be {choices}, got {_shown(field, text)}"
+        raise ConfigError(field.name, message) from error
+
+
+def _shown(field: Field[Any], value: object) -> str:
+    return "a value that is kept secret" if field.metadata.get("secret") else repr(value)

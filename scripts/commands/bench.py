@@ -1,19 +1,21 @@
-"""`fusionrag bench ttft | kernels | load`: speed. The last line of standard output is the whole result as JSON."""
+"""`fusionrag bench ttft | kernels | load | ingest`: speed. The last line of standard output is the result as JSON."""
 
 from __future__ import annotations
 
 import argparse
 
-from scripts.bench import kernels, load, ttft
+from scripts.bench import ingest, kernels, load, ttft
+
+BENCHES = {"ttft": ttft, "kernels": kernels, "load": load, "ingest": ingest}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     benches = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
-    for name, module in (("ttft", ttft), ("kernels", kernels), ("load", load)):
+    for name, module in BENCHES.items():
         summary = (module.__doc__ or "").strip().splitlines()[0]
         module.add_arguments(benches.add_parser(name, help=summary, description=module.__doc__))
 
 
 def run(args: argparse.Namespace) -> int:
-    status: int = {"ttft": ttft, "kernels": kernels, "load": load}[args.bench].run(args)
+    status: int = BENCHES[args.bench].run(args)
     return status

@@ -6,21 +6,32 @@ import argparse
 import importlib.util
 import json
 import shutil
-from collections import Counter
-from collections.abc import Set
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 
 from fusionrag.config import ModelConfig, PromptConfig, StoreConfig
 from fusionrag.errors import FusionRAGError
 from fusionrag.layout import Naming, naming
 from fusionrag.model import LanguageModel, load_model
 from fusionrag.prompt import PromptBuilder
-from fusionrag.store import KVStore, open_store
-from fusionrag.types import PromptChunk
-from index import Catalogue, DataDir
+from fusionrag.store import open_store
+from fusionrag.store.tiered import TieredStore
+from fusionrag.types import KVSpec, PromptChunk
+from index import Catalogue, DataDir, KVObject
 from scripts.assembly import device_name, versions
 from scripts.options import add_common_flags, add_config_flags, build
 
 ACCELERATORS = {"flash_attn": "not used yet: attention runs on torch SDPA", "triton": "not used yet"}
+
+DIFFERENCES = {  # field of a KVSpec → what a user calls it
+    "model_fingerprint": "model",
+    "dtype": "dtype",
+    "codec": "codec",
+    "prefix_ids": "instruction or chat template",
+    "related": "set of related chunks",
+    "owner": "owner",
+    "format_version": "version of this program",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,10 +57,16 @@ def run(args: argparse.Namespace) -> int:
     if model is not None:
         prompts = PromptBuilder(model.tokenizer, build(PromptConfig, args))
         config = build(StoreConfig, args)
-        names, store = naming(model, config.kv_codec, prompts.prefix_ids), open_store(data_dir.kv, config)
+        store = open_store(data_dir.kv, config)
         with Catalogue(data_dir.catalogue) as catalogue:
             report["collections"] = {
-                c.name: collection_report(catalogue, c.name, prompts.fingerprint, names, store)
+                c.name: collection_report(
+                    catalogue,
+                    c.name,
+                    prompts.fingerprint,
+                    naming(model, config.kv_codec, prompts.prefix_ids, c.owner),
+                    store,
+                )
                 for c in catalogue.collections()
             }
     print(json.dumps(report) if args.json else _text(report))
@@ -57,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def collection_report(
-    catalogue: Catalogue, name: str, encoder_fingerprint: str, names: Naming, store: KVStore
+    catalogue: Catalogue, name: str, encoder_fingerprint: str, names: Naming, store: TieredStore
 ) -> dict[str, object]:
     """Counts, and for every chunk whether its KV would be found by this model and prompt – or why not."""
     counts = catalogue.counts(name)
@@ -72,9 +89,11 @@ def collection_report(
         }
     chunks = {s.chunk.chunk_id: s.chunk.token_ids for s in catalogue.chunks(name)}
     related = catalogue.related(name, chunks)
-    booked = {(o.chunk_id, o.kind) for o in catalogue.kv_objects(name)}
+    booked: dict[str, list[KVObject]] = defaultdict(list)
+    for item in catalogue.kv_objects(name):
+        booked[item.chunk_id].append(item)
     reasons = Counter(
-        _why(PromptChunk(chunk_id, token_ids, related.get(chunk_id)), names, store, booked)
+        _why(PromptChunk(chunk_id, token_ids, related.get(chunk_id)), names, store, booked[chunk_id])
         for chunk_id, token_ids in chunks.items()
     )
     return found | {
@@ -84,16 +103,36 @@ def collection_report(
     }
 
 
-def _why(chunk: PromptChunk, names: Naming, store: KVStore, booked: Set[tuple[str, str]]) -> str:
-    """What a request would find for this chunk, anywhere but right behind the prefix."""
+def _why(chunk: PromptChunk, names: Naming, store: TieredStore, booked: Sequence[KVObject]) -> str:
+    """What a request would find for this chunk, anywhere but right behind the prefix, and why it is not better."""
+    reason = ""
     for spec in names.candidates(chunk, is_first=False, first_chunk_raw=True):
         if store.contains(spec):
-            if spec.kind == "raw" and chunk.related:
-                return "raw only: fused KV is missing; run preprocess"
-            return f"{spec.kind} KV is there"
-    if (chunk.chunk_id, "raw") in booked or (chunk.chunk_id, "fused") in booked:
-        return "miss: KV was computed for another model, dtype, codec or prefix, or its file is gone; run preprocess"
-    return "miss: never preprocessed; run preprocess"
+            return f"{spec.kind} KV is there" + (f"; fused KV is not: {reason}" if reason else _staleness(booked))
+        reason = _why_absent(spec, store, [item for item in booked if item.kind == spec.kind])
+    return f"miss: {reason}"
+
+
+def _staleness(booked: Sequence[KVObject]) -> str:
+    is_stale = any(item.is_stale for item in booked)
+    return "; fused KV is stale: a chunk that it saw has left; run preprocess, or serve, which refreshes it" * is_stale
+
+
+def _why_absent(spec: KVSpec, store: TieredStore, booked: Sequence[KVObject]) -> str:
+    """Why the object that is looked for is not there. `booked`: this chunk's objects of this kind."""
+    if store.is_set_aside(spec.digest):
+        return "its file was damaged and is set aside; run preprocess"
+    if any(item.digest == spec.digest for item in booked):
+        return "its file is gone from the store (evicted by hand?); run preprocess"
+    found = [fields for item in booked if (fields := store.written_for(item.digest)) is not None]
+    if not found:
+        return "never preprocessed; run preprocess"
+    other = [words for name, words in DIFFERENCES.items() if found[0].get(name) != _as_json(getattr(spec, name))]
+    return f"computed for another {' and '.join(other) or 'chunk'}; run preprocess with this configuration"
+
+
+def _as_json(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _optional() -> dict[str, str]:

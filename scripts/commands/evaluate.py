@@ -1,4 +1,5 @@
-"""`fusionrag evaluate`: quality of every method against full prefill, on the same questions, chunks and prompt.
+"""`fusionrag evaluate`: quality of every method against full prefill, on the same questions, chunks and prompt;
+`fusionrag evaluate retrieval`: which passages the search modes find.
 
 Methods: full, reuse, random, epic, cacheblend, fusionrag, attention, default. Knobs of the reuse configuration can be
 set per method, e.g. `attention:probe_layers=all` or `attention:probe_layers=late+correction=1`. A killed run goes on
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from fusionrag.config import EngineConfig, ModelConfig, PreprocessConfig, PromptConfig, ReuseConfig
 from fusionrag.errors import ConfigError
 from index.config import EmbeddingConfig
+from scripts.commands import evaluate_retrieval as retrieval
 from scripts.evaluation.datasets import Example, Passage, hop_order, load_dataset
 from scripts.evaluation.neighbours import related_passages
 from scripts.evaluation.records import Configuration, Record, RecordLog, f1_by_group, f1_by_type, summarise
@@ -31,9 +33,10 @@ from scripts.options import add_config_flags, build
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = __doc__
-    parser.add_argument(
-        "--dataset", type=Path, required=True, help="CacheBlend, LongBench, HotpotQA, 2Wiki or SQuAD file"
-    )
+    others = parser.add_subparsers(dest="measure", metavar="retrieval")
+    summary = "which passages each search mode finds, instead of which answers are given from them"
+    retrieval.add_arguments(others.add_parser("retrieval", help=summary, description=retrieval.__doc__))
+    parser.add_argument("--dataset", type=Path, help="CacheBlend, LongBench, HotpotQA, 2Wiki or SQuAD file")
     parser.add_argument("--methods", default="full,reuse,default", help="comma-separated (default: %(default)s)")
     parser.add_argument("--ratios", default="0.15", help="comma-separated recompute ratios (default: %(default)s)")
     parser.add_argument(
@@ -57,6 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.dataset is None:
+        raise ConfigError("dataset", "name the file of questions: --dataset FILE")
+    if args.measure == "retrieval":
+        return retrieval.run(args)
     base = build(ReuseConfig, args)
     grid = configurations(
         _words(args.methods),

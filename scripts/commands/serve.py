@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import argparse
 
+from index.api_keys import ApiKeys
 from scripts.options import CONFIGS, add_common_flags, add_config_flags, build
-from server.config import ServerConfig
+from server.config import IngestionConfig, ServerConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_flags(parser)
-    add_config_flags(parser, ServerConfig, *CONFIGS)
+    add_config_flags(parser, ServerConfig, IngestionConfig, *CONFIGS)
 
 
 def run(args: argparse.Namespace) -> int:
-    from scripts.assembly import open_rag
+    from scripts.assembly import live_collections, open_parts
     from server.run import serve
 
     config = build(ServerConfig, args)
-    with open_rag(args) as rag:
-        serve(rag, config)
+    with open_parts(args) as parts:
+        parts.rag.engine.calibrate()
+        serve(parts.rag, config, live_collections(args, parts), ApiKeys(parts.catalogue))
     return 0

@@ -88,13 +88,13 @@ def hop_order(example: Example) -> HopOrder | None:
     kinds = set(example.type.split("_"))
     if len(example.gold) != 2 or not kinds & {"bridge", "compositional", "inference"} or "comparison" in kinds:
         return None
-    with_answer = [place for place in example.gold if _contains(example.passages[place].text, example.answers)]
+    with_answer = [place for place in example.gold if contains_answer(example.passages[place].text, example.answers)]
     if len(with_answer) != 1:
         return None
     return "after" if with_answer[0] == min(example.gold) else "before"
 
 
-def _contains(text: str, answers: tuple[str, ...]) -> bool:
+def contains_answer(text: str, answers: tuple[str, ...]) -> bool:
     """Whether an answer stands in the text as whole words, after SQuAD's normalisation of both."""
     words = f" {normalize_answer(text)} "
     return any(f" {normalize_answer(answer)} " in words for answer in answers)

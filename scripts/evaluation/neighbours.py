@@ -1,20 +1,16 @@
-"""Related passages for the questions of a dataset, by the same embedding and rule as the offline job.
-
-Embeddings are kept in the cache folder, since they are the slow part on a CPU and never change for the same texts.
-"""
+"""Related passages for the questions of a dataset, by the same embedding and rule as the offline job."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from fusionrag.default_model import cache_dir
 from fusionrag.preprocess.related import related_chunks
 from index.config import EmbeddingConfig
 from scripts.evaluation.datasets import Example, Passage
+from scripts.evaluation.vector_cache import cached_vectors
 
 
 def related_passages(
@@ -55,17 +51,12 @@ class _BruteForce:
 
 
 def _embed(texts: Sequence[str], config: EmbeddingConfig) -> np.ndarray:
-    key = hashlib.sha256("\x1e".join([config.embedding_model, *texts]).encode()).hexdigest()[:24]
-    path = cache_dir() / "embeddings" / f"{key}.npy"
-    if path.exists():
-        stored: np.ndarray = np.load(path, allow_pickle=False)
-        return stored
-    from tqdm import tqdm
+    def embed() -> np.ndarray:
+        from tqdm import tqdm
 
-    from index.embedding import Embedder
+        from index.embedding import Embedder
 
-    with tqdm(total=len(texts), unit="passage", desc="embed", disable=None) as bar:
-        vectors = Embedder(config).embed(texts, lambda done: bar.update(done - bar.n))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.save(path, vectors)
-    return vectors
+        with tqdm(total=len(texts), unit="passage", desc="embed", disable=None) as bar:
+            return Embedder(config).embed(texts, lambda done: bar.update(done - bar.n))
+
+    return cached_vectors(config.embedding_model, texts, embed)

@@ -50,7 +50,7 @@ def paired_differences(records: Iterable[Record], baseline: Configuration) -> li
 def format_rows(rows: Sequence[Row]) -> str:
     """The rows as an aligned table: F1 and EM in percent points, NLL and KL in nats, top-1 a share in [0, 1]."""
     header = [*_KNOBS, "F1", "EM", "NLL", "KL", "top-1", "norm.F1", "recomputed", "prompt", "TTFT_ms", "n"]
-    return _table(header, [_row_cells(row) for row in rows])
+    return table(header, [_row_cells(row) for row in rows])
 
 
 def format_differences(differences: Sequence[Difference], baseline: Configuration) -> str:
@@ -60,7 +60,7 @@ def format_differences(differences: Sequence[Difference], baseline: Configuratio
         [*_knobs(d.configuration), _interval(d.f1, 1), _interval(d.answer_nll, 3), _interval(d.kl_to_full, 3), str(d.n)]
         for d in differences
     ]
-    return f"difference to {_label(baseline)} [95 % interval]\n{_table(header, cells)}"
+    return f"difference to {_label(baseline)} [95 % interval]\n{table(header, cells)}"
 
 
 def format_groups(rows: Sequence[GroupRow]) -> str:
@@ -71,7 +71,7 @@ def format_groups(rows: Sequence[GroupRow]) -> str:
         [*_knobs(configuration), *(values.get((configuration, group), "-") for group in groups)]
         for configuration in dict.fromkeys(row.configuration for row in rows)
     ]
-    return _table([*_KNOBS, *groups], cells)
+    return table([*_KNOBS, *groups], cells)
 
 
 def plot_quality(rows: Sequence[Row], path: str | Path) -> None:
@@ -143,7 +143,7 @@ def _interval(interval: Interval, digits: int) -> str:
     return f"{interval.mean:+.{digits}f} [{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]"
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
+def table(header: list[str], rows: list[list[str]]) -> str:
     """Columns as wide as their widest cell: the first to the left, the others, numbers, to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in [header, *rows]]

@@ -103,8 +103,44 @@ def test_doctor_explains_a_hit_a_raw_fallback_and_a_miss(preprocessed, capsys):
             (preprocessed.data_dir / "kv" / "objects" / o.digest[:2] / f"{o.digest}.safetensors").unlink()
     found = reuse()
     assert found["fused KV is there"] == 4
-    assert found["raw only: fused KV is missing; run preprocess"] == 1
-    assert sum(n for why, n in found.items() if why.startswith("miss:")) == 1
+    gone_from_disk = "its file is gone from the store (evicted by hand?); run preprocess"
+    assert found[f"raw KV is there; fused KV is not: {gone_from_disk}"] == 1
+    assert found[f"miss: {gone_from_disk}"] == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (("--instruction", "Answer in rhyme."), "computed for another instruction or chat template; run preprocess"),
+        (("--kv-codec", "int8"), "computed for another codec; run preprocess"),
+    ],
+)
+def test_doctor_names_what_differs_from_the_stored_kv(preprocessed, capsys, changed, named):
+    capsys.readouterr()
+    assert preprocessed("doctor", "--json", *changed) == 0
+    (why,) = json.loads(capsys.readouterr().out)["collections"]["default"]["reuse"]
+    assert why.startswith(f"miss: {named}")
+
+
+def test_doctor_tells_damaged_and_stale_kv_apart(preprocessed, capsys):
+    with Catalogue(DataDir(preprocessed.data_dir).catalogue) as catalogue:
+        fused = [o for o in catalogue.kv_objects("default") if o.kind == "fused"]
+        damaged, gone = next(
+            (a, chunk_id)
+            for a in fused
+            for b in fused
+            for chunk_id in b.related
+            if chunk_id not in (a.chunk_id, *a.related)
+        )
+        path = preprocessed.data_dir / "kv" / "objects" / damaged.digest[:2] / f"{damaged.digest}.safetensors"
+        path.rename(preprocessed.data_dir / "kv" / "quarantine" / path.name)
+        left = catalogue.chunk("default", gone)
+        catalogue.delete_document("default", left.chunk.document_id)
+    capsys.readouterr()
+    assert preprocessed("doctor", "--json") == 0
+    reuse = json.loads(capsys.readouterr().out)["collections"]["default"]["reuse"]
+    assert "raw KV is there; fused KV is not: its file was damaged and is set aside; run preprocess" in reuse
+    assert any(why.startswith("raw KV is there; fused KV is stale: a chunk that it saw has left") for why in reuse)
 
 
 def test_a_damaged_object_is_recomputed_set_aside_and_the_answer_stays(preprocessed, capsys):
