@@ -185,7 +185,7 @@ def test_a_length_that_lies_or_is_not_told_does_not_lift_the_limit(
     server: LiveServer, opened: Opened, length: bytes
 ) -> None:
     part = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.txt"\r\n\r\n'
-    head = b"POST /v1/files HTTP/1.1\r\nHost: t\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+    head = b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
     data = b"x" * 65_536
     with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=10) as connection:
         connection.sendall(head + length + b"\r\n\r\n")
@@ -200,7 +200,7 @@ def test_a_length_that_lies_or_is_not_told_does_not_lift_the_limit(
 
 
 def test_a_client_that_hangs_up_in_the_middle_leaves_nothing(server: LiveServer, opened: Opened) -> None:
-    head = b"POST /v1/files HTTP/1.1\r\nHost: t\r\nContent-Length: 900000\r\n"
+    head = b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900000\r\n"
     part = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.txt"\r\n\r\n'
     with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=10) as connection:
         connection.sendall(head + b"Content-Type: multipart/form-data; boundary=b\r\n\r\n" + part + b"x" * 600_000)
