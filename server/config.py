@@ -73,7 +73,7 @@ class ServerConfig:
 class IngestionConfig:
     """How uploaded files are read in the background. Raises ConfigError naming the field."""
 
-    ingest_nice: int = knob(10, "niceness of the ingest process: 0 shares the processors evenly, 19 hardly takes any")
+    ingest_nice: int = knob(5, "niceness of the ingest process: 0 shares the processors evenly, 19 hardly takes any")
     ingest_timeout_s: float = knob(300.0, "seconds without any progress after which a file is given up")
     ingest_memory_bytes: int = knob(
         4 << 30,
