@@ -180,7 +180,7 @@ def test_the_first_token_is_on_the_screen_long_before_the_last_has_left_the_serv
         eventually(lambda: server_ttfts_ms(caplog))
         marks = dict(page.evaluate("performance.getEntriesByType('mark').map((m) => [m.name, m.startTime])"))
         late_ms.append(marks["first-token-painted"] - marks["asked"] - server_ttfts_ms(caplog)[0])
-    print("first token painted after the server's TTFT, ms:", [round(ms, 1) for ms in late_ms])
+    logging.getLogger(__name__).warning("first token painted %s ms after the server's TTFT", [*map(round, late_ms)])
     assert 0 < min(late_ms) < 900 / 2, "nine more tokens take 900 ms"
 
 
