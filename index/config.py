@@ -109,7 +109,7 @@ class SearchConfig:
         "how passages are found: dense (by meaning: embeddings), lexical (by words: BM25), or hybrid (both, joined by "
         "reciprocal rank fusion)",
     )
-    lexical_weight: float = knob(0.7, "share of the lexical ranking in hybrid search; the dense one has the rest")
+    lexical_weight: float = knob(0.5, "share of the lexical ranking in hybrid search; the dense one has the rest")
     score_threshold: float = knob(
         0.0,
         "least score of a retrieved passage; 0: no threshold. The score is the cosine in dense search, b / (b + 10) of "

@@ -26,8 +26,7 @@ from index.ingest import embedding_text
 from index.types import Collection, FloatArray, IntArray, ScoredChunk, TextEmbedder, TextReranker
 from index.vector_index import VectorIndex, open_index, update_index
 
-# Chosen with the default of `lexical_weight`, on halves of four sets of questions. With the customary 60, hybrid search
-# falls behind words alone on one of them.
+# Below the customary 60: at equal weights, 10 finds more within ten passages on MuSiQue than 30 does (89 % to 87 %).
 _RRF_K = 10
 _MIN_DEPTH = 100  # rows of a ranking that are looked at first: what is deep in both may be the best of all
 _NUMBER = re.compile(r"\d+")
