@@ -116,7 +116,7 @@ class Engine:
     def __init__(self, model: LanguageModel, store: KVStore, config: EngineConfig, kv_codec: str = "none") -> None:
         self.model, self.store, self.config = model, store, config
         self.arena = model.new_arena(config.num_slots(model.max_model_len))
-        self.kv_codec = kv_codec
+        self._kv_codec = kv_codec
         self._clock = PrefillClock(model)
         self._prefixes: dict[tuple[int, ...], tuple[Naming, ChunkKV]] = {}
         self._waiting: deque[EngineRequest] = deque()
@@ -135,7 +135,7 @@ class Engine:
     def prefix(self, prefix_ids: tuple[int, ...]) -> tuple[Naming, ChunkKV]:
         """The naming of the operator's stored KV behind this prefix, and the prefix's own KV, computed once."""
         if prefix_ids not in self._prefixes:
-            names = naming(self.model, self.kv_codec, prefix_ids)
+            names = naming(self.model, self._kv_codec, prefix_ids)
             self._prefixes[prefix_ids] = (names, compute_prefix(self.model, prefix_ids))
         return self._prefixes[prefix_ids]
 

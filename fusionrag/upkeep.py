@@ -25,7 +25,7 @@ from fusionrag.types import PromptChunk
 from index import Catalogue, DataDir, open_index
 from index.config import VectorIndexConfig
 from index.errors import CollectionNotFound
-from index.types import Collection, KVObject
+from index.types import Collection
 
 log = logging.getLogger(__name__)
 LOOK_EVERY_S = 1.0
@@ -153,12 +153,10 @@ class Upkeep:
         yield
 
     def _book(self, collection: str, stored: StoredChunk) -> None:
-        spec = stored.spec
-        item = KVObject(spec.digest, stored.chunk.chunk_id, spec.kind, stored.num_bytes, spec.related)
         try:
-            self._catalogue.record_kv(collection, [item])
+            self._catalogue.record_kv(collection, [stored.entry])
         except CollectionNotFound:
-            self._catalogue.discard_kv([spec.digest])
+            self._catalogue.discard_kv([stored.spec.digest])
             raise
 
     def _sweep(self) -> None:

@@ -85,6 +85,15 @@ class DataDir:
         return descriptor
 
 
+def sync_folder(folder: Path) -> None:
+    """Has the names in a folder on the disk: those of files made, renamed or removed before."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _command() -> str:
     """Program and subcommand of this process. The other arguments stay out: they may hold secrets."""
     program, *arguments = sys.argv or ["python"]

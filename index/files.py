@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from index.catalogue import Catalogue
-from index.data_dir import DataDir
+from index.data_dir import DataDir, sync_folder
 from index.errors import DataDirError, InvalidValue, NotFound, StorageFull
 from index.library_types import StoredFile
 from index.paging import Page, PageRequest, Place, made_at, new_id, read_page
@@ -91,7 +91,7 @@ class Files:
             os.rename(upload.path, path)
         try:
             with _disk_errors_named(self._folder):
-                _sync_folder(self._folder)
+                sync_folder(self._folder)
             stored = StoredFile(upload.id, name, purpose, upload.num_bytes, created_at, expires_at)
             with self._database.write() as connection:
                 connection.execute(
@@ -187,14 +187,6 @@ def _modified_at(entry: os.DirEntry[str]) -> float:
         return entry.stat().st_mtime
     except FileNotFoundError:  # renamed or removed since
         return math.inf
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from fusionrag.model import LanguageModel
 from fusionrag.preprocess.passes import ChunkJob, compute_chunks
 from fusionrag.store.base import KVStore
 from fusionrag.types import ChunkKV, KVSpec, PromptChunk
+from index.types import KVObject
 
 SLOTS_PER_ROW = 8
 
@@ -31,6 +32,12 @@ class StoredChunk:
     chunk: PromptChunk
     num_bytes: int
     computed: bool
+
+    @property
+    def entry(self) -> KVObject:
+        """As the catalogue books it."""
+        spec = self.spec
+        return KVObject(spec.digest, self.chunk.chunk_id, spec.kind, self.num_bytes, spec.related)
 
 
 class PreprocessJob:

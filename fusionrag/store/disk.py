@@ -29,6 +29,7 @@ from fusionrag.errors import StoreError
 from fusionrag.store.base import BadObject, StoredHit, StoreStats
 from fusionrag.store.stored_object import StoredObject, spec_fields
 from fusionrag.types import ChunkKV, KVSource, KVSpec
+from index.data_dir import sync_folder
 
 PutStep = Literal["created", "written", "synced", "renamed", "durable"]
 
@@ -102,7 +103,7 @@ class DiskStore:
         try:
             self._make_folder(path.parent)
             if path.exists():
-                _sync_folder(path.parent)  # its writer may not have come that far
+                sync_folder(path.parent)  # its writer may not have come that far
             else:
                 self._write(path, stored.serialized())
         except OSError as error:
@@ -119,7 +120,7 @@ class DiskStore:
             try:
                 size = copy.stat().st_size
                 copy.unlink()
-                _sync_folder(copy.parent)
+                sync_folder(copy.parent)
             except FileNotFoundError:
                 continue
             except OSError as error:
@@ -159,7 +160,7 @@ class DiskStore:
             if folder in self._durable_folders:
                 return
             folder.mkdir(mode=0o700, exist_ok=True)
-            _sync_folder(self._objects)
+            sync_folder(self._objects)
             self._durable_folders.add(folder)
 
     def _write(self, path: Path, pieces: list[memoryview]) -> None:
@@ -175,7 +176,7 @@ class DiskStore:
                 self._on_step("synced")
             os.replace(name, path)
             self._on_step("renamed")
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
             self._on_step("durable")
         except BaseException:
             Path(name).unlink(missing_ok=True)
@@ -219,14 +220,6 @@ def _read(path: Path) -> torch.Tensor:
     if rest:
         raise BadObject("it became shorter while it was read")
     return data
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _store_error(action: str, path: Path, error: OSError) -> StoreError:

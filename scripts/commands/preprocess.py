@@ -16,7 +16,7 @@ from fusionrag.config import EngineConfig, ModelConfig, PreprocessConfig, Prompt
 from fusionrag.errors import ConfigError
 from fusionrag.layout import naming
 from fusionrag.model import load_model
-from fusionrag.preprocess.job import PreprocessJob, StoredChunk
+from fusionrag.preprocess.job import PreprocessJob
 from fusionrag.preprocess.related import related_chunks
 from fusionrag.prompt import PromptBuilder
 from fusionrag.store import KVStore, open_store
@@ -109,17 +109,12 @@ def _run(job: PreprocessJob, chunks: list[PromptChunk], catalogue: Catalogue, co
             num_computed += stored.computed
             num_bytes += stored.num_bytes * stored.computed
             bar.set_postfix_str(f"{stored.spec.kind}, {num_computed} objects, {num_bytes / 2**20:.0f} MiB")
-            waiting.append(_booked(stored))
+            waiting.append(stored.entry)
             if len(waiting) >= BOOK_EVERY:
                 catalogue.record_kv(collection, waiting)
                 waiting.clear()
     catalogue.record_kv(collection, waiting)
     return num_computed
-
-
-def _booked(stored: StoredChunk) -> KVObject:
-    spec = stored.spec
-    return KVObject(spec.digest, stored.chunk.chunk_id, spec.kind, stored.num_bytes, spec.related)
 
 
 def _sweep(catalogue: Catalogue, store: KVStore, collection: str, related: Mapping[str, tuple[str, ...]]) -> int:
