@@ -18,7 +18,8 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from fusionrag.arena import KVArena
-from fusionrag.kernels.rows_attention import RowBlock, plan_rows, rows_attention
+from fusionrag.kernels.row_plan import RequestRows, RowPlan, plan_rows
+from fusionrag.kernels.rows_attention import rows_attention
 from fusionrag.rope import Rope
 from fusionrag.types import RowGroup
 
@@ -38,14 +39,19 @@ class ForwardStep:
     cos: torch.Tensor
     sin: torch.Tensor
 
-    plans: dict[tuple[int, int | None], tuple[RowBlock, ...]] = field(default_factory=dict)
+    plans: dict[int | None, RowPlan] = field(default_factory=dict)
 
-    def blocks(self, group: RowGroup, window: int | None) -> tuple[RowBlock, ...]:
-        """The group's attention plan, made at the first layer that has this window and kept for the others."""
-        key = (id(group), window)
-        if key not in self.plans:
-            self.plans[key] = plan_rows(group.positions, self.arena.keys.dtype, window)
-        return self.plans[key]
+    def plan(self, num_heads: int, window: int | None) -> RowPlan:
+        """The attention plan of all rows, made at the first layer that has this window and kept for the others."""
+        if window not in self.plans:
+            groups, keys = self.groups, self.arena.keys
+            positions = torch.cat([g.positions for g in groups])
+            slots = torch.cat([g.positions + g.span.start for g in groups])
+            requests = [RequestRows(rows.start, g.num_rows, g.span.start, g.span.length) for g, rows in self.slices()]
+            self.plans[window] = plan_rows(
+                positions, slots, requests, num_heads, keys.shape[1], keys.shape[3], keys.dtype, window
+            )
+        return self.plans[window]
 
     def slices(self) -> Iterator[tuple[RowGroup, slice]]:
         """Each group with the rows of the pass that are its own."""
@@ -76,7 +82,6 @@ def fusionrag_attention(
     step, queries, keys, values = forward_step, query[0], key[0], value[0]
     rotated_queries = step.rope.rotate(queries, step.cos, step.sin)
     rotated_keys = step.rope.rotate(keys, step.cos, step.sin)
-    out = torch.empty_like(rotated_queries)
     for group, rows in step.slices():
         observer = group.observer
         if observer is not None:
@@ -86,11 +91,10 @@ def fusionrag_attention(
         span_values.index_copy_(1, group.positions, values[:, rows])
         if observer is not None:
             observer.after_write(layer, group, rotated_queries[:, rows])
-        blocks = step.blocks(group, sliding_window)
-        out[:, rows] = rows_attention(
-            rotated_queries[:, rows], span_keys, span_values, group.positions, scaling, sliding_window, blocks
-        )
-    return out.transpose(0, 1)[None], None
+    plan = step.plan(queries.shape[0], sliding_window)
+    arena = step.arena
+    out = rows_attention(rotated_queries.transpose(0, 1), arena.keys[layer], arena.values[layer], plan, scaling)
+    return out[None], None
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from fusionrag.config import ModelConfig
+from fusionrag.kernels.row_plan import RequestRows, plan_rows
 from fusionrag.kernels.rows_attention import rows_attention
 from fusionrag.model import LanguageModel, load_model
 from scripts.assembly import result
@@ -54,8 +55,10 @@ def run(args: argparse.Namespace) -> int:
     rows: list[dict[str, object]] = [{"kernel": "dense causal SDPA", "rows": n, "ms": round(dense_ms, 3)}]
     for ratio in [float(r) for r in args.ratios.split(",")]:
         chosen = torch.randperm(n, device=model.device, generator=draw)[: max(1, round(ratio * n))].sort().values
-        some = queries[:, chosen]
-        ms = _best_ms(model, args.repeats, partial(rows_attention, some, keys, values, chosen, shape.head_dim**-0.5))
+        some = queries[:, chosen].transpose(0, 1).contiguous()
+        request = RequestRows(0, len(chosen), 0, n)
+        plan = plan_rows(chosen, chosen, [request], shape.num_heads, shape.num_kv_heads, shape.head_dim, model.dtype)
+        ms = _best_ms(model, args.repeats, partial(rows_attention, some, keys, values, plan, shape.head_dim**-0.5))
         floor_ms = 4 * shape.num_heads * shape.head_dim * float((chosen + 1).sum()) / flops_per_s * 1e3
         rows.append(
             {

@@ -1,0 +1,75 @@
+"""Whether a kernel can run: is Triton here, is the tensor on a GPU it compiles for. Knows nothing of what kernels do.
+
+Every kernel is one file: public function, launch, Triton body, plain-torch reference of the same signature. The public
+function asks `takes` and runs the reference where a kernel cannot; on a GPU that is said once per process and reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # there is no Triton on a machine without a GPU
+    triton = tl = None
+
+log = logging.getLogger(__name__)
+INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"  # for tests: kernels run on the CPU
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
+MIN_CAPABILITY = (8, 0)
+
+
+def jit(body: Callable[..., Any]) -> Any:
+    """`triton.jit`; without Triton the body itself, which nobody calls."""
+    return body if triton is None else triton.jit(body)
+
+
+def takes(name: str, device: torch.device, *dtypes: torch.dtype, head_dim: int = 1) -> bool:
+    """Whether kernel `name` runs for these; if it does not on a GPU, one warning tells why the reference runs."""
+    if INTERPRETED:
+        return device.type == "cpu" and torch.bfloat16 not in dtypes  # Triton's interpreter is wrong for bfloat16
+    if device.type != "cuda":
+        return False
+    reason = _refusal(device, dtypes, head_dim)
+    if reason:
+        _warn(name, reason)
+    return not reason
+
+
+def _refusal(device: torch.device, dtypes: tuple[torch.dtype, ...], head_dim: int) -> str:
+    if triton is None:
+        return "Triton is not installed"
+    if _capability(device) < MIN_CAPABILITY:
+        return f"the GPU's compute capability is below {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
+    strange = [str(d) for d in dtypes if d not in DTYPES]
+    if strange:
+        return f"dtype {strange[0]}"
+    return f"head_dim {head_dim} is above {MAX_HEAD_DIM}" if head_dim > MAX_HEAD_DIM else ""
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@cache
+def _warn(name: str, reason: str) -> None:
+    log.warning("kernel %s does not run, plain torch does, slower: %s", name, reason)
+
+
+def padded(n: int, at_least: int = 16) -> int:
+    """The power of two that holds n: Triton's blocks have such sides."""
+    return max(at_least, 1 << (n - 1).bit_length())
+
+
+def to_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small host tensor on its way to `device`; nobody waits."""
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table

@@ -1,0 +1,178 @@
+"""What the attention of one pass needs to know of its rows: planned once, used by all layers.
+
+For the kernel it is a table of tiles, made from the numbers of rows alone: what depends on positions and slots is read
+on the device. So planning never waits, and a captured graph stays right when positions and slots change in place.
+For the reference it is a list of blocks with their masks. Knows nothing of layers, chunks or tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from fusionrag.kernels.backend import padded, takes, to_device
+
+ROWS_PER_BLOCK = 128  # of the reference: large enough for GEMM speed, small enough to skip most keys it cannot see
+
+
+@dataclass(frozen=True)
+class RequestRows:
+    """Rows `[first_row, first_row + num_rows)` of a pass belong to one request, which owns this span of arena slots."""
+
+    first_row: int
+    num_rows: int
+    span_start: int
+    span_length: int
+
+    @property
+    def stop(self) -> int:
+        return self.first_row + self.num_rows
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """Rows `[begin, end)` look at slots `[first_slot, last_slot)`; mask (rows, slots) is None where they see all."""
+
+    begin: int
+    end: int
+    first_slot: int
+    last_slot: int
+    mask: torch.Tensor | None
+    is_causal: bool = False
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """How the kernel cuts the work: `block_m` (row, query head) pairs of one KV head by `block_n` keys."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """Row i sees the slots of its own request at positions in `(positions[i] - window, positions[i]]`; None: no limit.
+
+    positions, slots: (R,) int64, ascending within each request; slot - position is where its span starts.
+    requests: their rows follow each other.
+    tiles: (num_tiles, 3) int32: begin and end of the request's rows, first pair of the tile counted from that begin;
+        most keys first, so that no large tile starts last. num_splits: parts that a tile's keys are cut into, so that
+        few rows fill the device too. Both for the kernel alone; None where it does not run.
+    """
+
+    positions: torch.Tensor
+    slots: torch.Tensor
+    requests: tuple[RequestRows, ...]
+    window: int | None
+    dtype: torch.dtype
+    group: int  # query heads that share a KV head
+    shape: TileShape | None
+    tiles: torch.Tensor | None
+    num_splits: int = 1
+
+    @cached_property
+    def blocks(self) -> tuple[RowBlock, ...]:
+        """What the reference needs; reads the positions."""
+        return tuple(b for r in self.requests for b in _blocks(self, r))
+
+    def refill_(self, requests: Sequence[RequestRows]) -> None:
+        """Takes other requests' numbers of rows into the table, in place, for a captured graph. Waits for nothing.
+
+        There may be no more tiles than planned for; the rest become empty. `requests` of the plan stays as it was.
+        """
+        assert self.shape is not None and self.tiles is not None
+        tiles = _tiles(requests, self.group, self.shape.block_m)
+        assert len(tiles) <= len(self.tiles)
+        table = torch.zeros(self.tiles.shape, dtype=torch.int32)  # an empty tile has no rows
+        table[: len(tiles)] = tiles
+        self.tiles.copy_(to_device(table, self.tiles.device), non_blocking=True)
+
+
+def plan_rows(
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    requests: Sequence[RequestRows],
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    window: int | None = None,
+) -> RowPlan:
+    """positions, slots: (R,) int64 on the device that will attend. dtype: of queries, keys and values."""
+    requests, device, group = tuple(r for r in requests if r.num_rows), positions.device, num_heads // num_kv_heads
+    if not (requests and takes("rows_attention", device, dtype, head_dim=head_dim)):
+        return RowPlan(positions, slots, requests, window, dtype, group, None, None)
+    shape = choose_shape(max(r.num_rows for r in requests) * group, head_dim, dtype)
+    tiles = _tiles(requests, group, shape.block_m)
+    num_keys = max(r.span_length for r in requests)
+    num_splits = _num_splits(len(tiles) * num_kv_heads, num_keys if window is None else min(num_keys, window), device)
+    return RowPlan(
+        positions, slots, requests, window, dtype, group, shape, to_device(tiles.contiguous(), device), num_splits
+    )
+
+
+def choose_shape(num_pairs: int, head_dim: int, dtype: torch.dtype) -> TileShape:
+    """num_pairs: (row, query head) pairs of the largest request."""
+    if dtype == torch.float32:  # no matrix units in full fp32: registers decide
+        return TileShape(16 if num_pairs <= 16 else 32, 32, 4, 2)
+    if padded(head_dim) > 128:
+        return TileShape(16, 32, 4, 2) if num_pairs <= 16 else TileShape(64, 64, 8, 2)
+    if num_pairs <= 16:
+        return TileShape(16, 64, 4, 3)
+    if num_pairs <= 64:
+        return TileShape(64, 64, 4, 3)
+    return TileShape(128, 128, 8, 2)
+
+
+PROGRAMS_PER_PROCESSOR = 2
+MIN_KEYS_PER_SPLIT = 256
+
+
+def _num_splits(num_programs: int, num_keys: int, device: torch.device) -> int:
+    """Enough parts to give every multiprocessor work, none so small that joining them would cost more."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    return max(1, min(PROGRAMS_PER_PROCESSOR * processors // num_programs, num_keys // MIN_KEYS_PER_SPLIT))
+
+
+def _tiles(requests: Sequence[RequestRows], group: int, block_m: int) -> torch.Tensor:
+    """(num_tiles, 3) int32 on the host. Rows ascend, so the share of the span a tile sees grows along its request."""
+    tables, weights = [], []
+    for r in requests:
+        offsets = torch.arange(0, r.num_rows * group, block_m, dtype=torch.int32)
+        rows = torch.tensor([r.first_row, r.stop], dtype=torch.int32).expand(len(offsets), 2)
+        tables.append(torch.cat([rows, offsets[:, None]], dim=1))
+        weights.append(r.span_length * (offsets + block_m).clamp(max=r.num_rows * group) / (r.num_rows * group))
+    return torch.cat(tables)[torch.cat(weights).argsort(descending=True)]
+
+
+def _blocks(plan: RowPlan, request: RequestRows) -> list[RowBlock]:
+    begin, num_rows, start, window = request.first_row, request.num_rows, request.span_start, plan.window
+    positions = plan.positions[begin : request.stop]
+    ends = [*positions[ROWS_PER_BLOCK - 1 :: ROWS_PER_BLOCK].tolist(), int(positions[-1])]
+    first, last = int(positions[0]), ends[-1]
+    if first == 0 and last == num_rows - 1 and (window is None or num_rows <= window):  # dense prefill
+        return [RowBlock(begin, begin + num_rows, start, start + num_rows, None, is_causal=num_rows > 1)]
+    if num_rows == 1:
+        first_key = 0 if window is None else max(0, last + 1 - window)
+        return [RowBlock(begin, begin + 1, start + first_key, start + last + 1, None)]
+    blocks = []
+    for block, offset in enumerate(range(0, num_rows, ROWS_PER_BLOCK)):
+        own = positions[offset : offset + ROWS_PER_BLOCK]
+        num_keys = ends[block] + 1
+        mask = _causal_mask(own, num_keys, window, plan.dtype)
+        blocks.append(RowBlock(begin + offset, begin + offset + len(own), start, start + num_keys, mask))
+    return blocks
+
+
+def _causal_mask(positions: torch.Tensor, num_keys: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+    """(R, num_keys), 0 where a row may look and -inf elsewhere."""
+    keys = torch.arange(num_keys, device=positions.device)
+    hidden = keys[None, :] > positions[:, None]
+    if window is not None:
+        hidden |= keys[None, :] <= positions[:, None] - window
+    return torch.zeros(hidden.shape, dtype=dtype, device=positions.device).masked_fill_(hidden, float("-inf"))
