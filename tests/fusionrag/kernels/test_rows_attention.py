@@ -31,7 +31,7 @@ class Case:
         self.keys, self.values = (
             (2 * torch.randn(num_kv_heads, slot, head_dim, generator=draw)).to(**kind) for _ in range(2)
         )
-        self.requests, self.window = tuple(requests), window
+        self.requests, self.window, self.scaling = tuple(requests), window, SCALING
         flat = torch.tensor([p for own in positions for p in own], dtype=torch.int64, device=device)
         self.plan = plan_rows(
             flat,
@@ -45,7 +45,7 @@ class Case:
         )
 
     def attend(self, attention=rows_attention, **more):
-        return attention(self.queries, self.keys, self.values, self.plan, SCALING, **more)
+        return attention(self.queries, self.keys, self.values, self.plan, self.scaling, **more)
 
     def spelled_out(self, dtype=torch.float64):
         """out (R, H, D) and lse (R, H), row by row, everything in `dtype`."""
@@ -58,7 +58,7 @@ class Case:
                 begin = 0 if self.window is None else max(0, position - self.window + 1)
                 own = slice(r.span_start + begin, r.span_start + position + 1)
                 for head in range(queries.shape[1]):
-                    scores = keys[head // per_kv_head, own] @ queries[i, head] * SCALING
+                    scores = keys[head // per_kv_head, own] @ queries[i, head] * self.scaling
                     out[i, head] = scores.softmax(0) @ values[head // per_kv_head, own]
                     lse[i, head] = scores.logsumexp(0)
         return out, lse
@@ -176,6 +176,7 @@ def test_other_requests_slots_may_hold_anything(kernel_device, positions):
 )
 def test_error_is_at_most_twice_that_of_plain_torch(device, dtype, head_dim, window, positions):
     case = Case(positions, 6, 2, head_dim, window, dtype=dtype, device=device)
+    case.scaling = head_dim**-0.5
     out = case.attend()
     assert out.dtype == dtype
     exact, plain = case.spelled_out()[0], case.spelled_out(dtype)[0]
