@@ -48,19 +48,19 @@ class Case:
         return attention(self.queries, self.keys, self.values, self.plan, self.scaling, **more)
 
     def spelled_out(self, dtype=torch.float64):
-        """out (R, H, D) and lse (R, H), row by row, everything in `dtype`."""
+        """out (R, H, D) and lse (R, H), the matrix of all scores kept, everything in `dtype`."""
+        group = self.queries.shape[1] // self.keys.shape[0]
         queries, keys, values = self.queries.to(dtype), self.keys.to(dtype), self.values.to(dtype)
-        per_kv_head = queries.shape[1] // keys.shape[0]
         out, lse = torch.empty_like(queries), queries.new_empty(queries.shape[:2])
         for r in self.requests:
-            for i in range(r.first_row, r.stop):
-                position = int(self.plan.positions[i])
-                begin = 0 if self.window is None else max(0, position - self.window + 1)
-                own = slice(r.span_start + begin, r.span_start + position + 1)
-                for head in range(queries.shape[1]):
-                    scores = keys[head // per_kv_head, own] @ queries[i, head] * self.scaling
-                    out[i, head] = scores.softmax(0) @ values[head // per_kv_head, own]
-                    lse[i, head] = scores.logsumexp(0)
+            rows, span = slice(r.first_row, r.stop), slice(r.span_start, r.span_start + r.span_length)
+            own_keys, own_values = (x[:, span].repeat_interleave(group, dim=0) for x in (keys, values))
+            scores = queries[rows].transpose(0, 1) @ own_keys.transpose(1, 2) * self.scaling  # (H, rows, N)
+            behind = self.plan.positions[rows, None] - torch.arange(r.span_length, device=scores.device)
+            hidden = (behind < 0) if self.window is None else (behind < 0) | (behind >= self.window)
+            scores = scores.masked_fill(hidden, float("-inf"))
+            out[rows] = (scores.softmax(-1) @ own_values).transpose(0, 1)
+            lse[rows] = scores.logsumexp(-1).T
         return out, lse
 
 
