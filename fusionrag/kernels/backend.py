@@ -25,11 +25,15 @@ INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"  
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 MIN_CAPABILITY = (8, 0)
+LOG2_E = 1.4426950408889634  # GPUs have 2^x, not e^x: scores are scaled by it
 
 
-def jit(body: Callable[..., Any]) -> Any:
-    """`triton.jit`; without Triton the body itself, which nobody calls."""
-    return body if triton is None else triton.jit(body)
+def jit(*vague: str) -> Callable[[Callable[..., Any]], Any]:
+    """`triton.jit`. Without Triton the body itself, which nobody calls.
+
+    vague: arguments, by name, for whose value or alignment no code of its own is made: they change from pass to pass.
+    """
+    return lambda body: body if triton is None else triton.jit(body, do_not_specialize=vague)
 
 
 def takes(name: str, device: torch.device, *dtypes: torch.dtype, head_dim: int = 1) -> bool:

@@ -58,7 +58,9 @@ class TileShape:
 class RowPlan:
     """Row i sees the slots of its own request at positions in `(positions[i] - window, positions[i]]`; None: no limit.
 
-    positions, slots: (R,) int64, ascending within each request; slot - position is where its span starts.
+    positions, slots: (R,) int64, ascending within each request; slot - position is where its span starts. They may
+        change in place. A row that only fills up a pass of fixed size has slot -1 and the position of the row before
+        it, 0 if it is a request's only one; what comes out for it is undefined.
     requests: their rows follow each other.
     tiles: (num_tiles, 3) int32: begin and end of the request's rows, first pair of the tile counted from that begin;
         most keys first, so that no large tile starts last. num_splits: parts that a tile's keys are cut into, so that
@@ -79,18 +81,6 @@ class RowPlan:
     def blocks(self) -> tuple[RowBlock, ...]:
         """What the reference needs; reads the positions."""
         return tuple(b for r in self.requests for b in _blocks(self, r))
-
-    def refill_(self, requests: Sequence[RequestRows]) -> None:
-        """Takes other requests' numbers of rows into the table, in place, for a captured graph. Waits for nothing.
-
-        There may be no more tiles than planned for; the rest become empty. `requests` of the plan stays as it was.
-        """
-        assert self.shape is not None and self.tiles is not None
-        tiles = _tiles(requests, self.group, self.shape.block_m)
-        assert len(tiles) <= len(self.tiles)
-        table = torch.zeros(self.tiles.shape, dtype=torch.int32)  # an empty tile has no rows
-        table[: len(tiles)] = tiles
-        self.tiles.copy_(to_device(table, self.tiles.device), non_blocking=True)
 
 
 def plan_rows(
