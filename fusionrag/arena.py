@@ -11,6 +11,39 @@ import torch
 from fusionrag.types import Span
 
 
+class FreeList:
+    """Which of the places `[0, capacity)` are free. First fit; not thread-safe."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._free = [Span(0, capacity)] if capacity else []  # sorted by start, never adjacent, never empty
+
+    @property
+    def num_free(self) -> int:
+        return sum(span.length for span in self._free)
+
+    def allocate(self, length: int) -> Span | None:
+        """The first gap that fits, or None if there is none now."""
+        for i, gap in enumerate(self._free):
+            if gap.length >= length:
+                rest = Span(gap.start + length, gap.length - length)
+                self._free[i : i + 1] = [rest] if rest.length else []
+                return Span(gap.start, length)
+        return None
+
+    def free(self, span: Span) -> None:
+        """Gives a span back and joins it with its free neighbours."""
+        joined: list[Span] = []
+        for s in sorted([*self._free, span], key=lambda s: s.start):
+            if joined and joined[-1].stop > s.start:
+                raise AssertionError(f"{s} freed twice")
+            if joined and joined[-1].stop == s.start:
+                joined[-1] = Span(joined[-1].start, joined[-1].length + s.length)
+            else:
+                joined.append(s)
+        self._free = joined
+
+
 class KVArena:
     """keys, values: (L, G, S, D). Zero-initialised, so that a masked slot can never contribute a NaN."""
 
@@ -27,33 +60,19 @@ class KVArena:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.num_slots = num_slots
-        self._free: list[Span] = [Span(0, num_slots)]  # sorted by start, never adjacent
+        self._free = FreeList(num_slots)
 
     @property
     def num_free(self) -> int:
-        return sum(span.length for span in self._free)
+        return self._free.num_free
 
     def allocate(self, num_tokens: int) -> Span | None:
         """The first gap that fits, or None if there is none now. Contents are undefined."""
-        for i, gap in enumerate(self._free):
-            if gap.length >= num_tokens:
-                rest = Span(gap.start + num_tokens, gap.length - num_tokens)
-                self._free[i : i + 1] = [rest] if rest.length else []
-                return Span(gap.start, num_tokens)
-        return None
+        return self._free.allocate(num_tokens)
 
     def free(self, span: Span) -> None:
-        """Gives a span back and joins it with its free neighbours."""
-        spans = sorted([*self._free, span], key=lambda s: s.start)
-        joined: list[Span] = []
-        for s in spans:
-            if joined and joined[-1].stop > s.start:
-                raise AssertionError(f"{s} freed twice")
-            if joined and joined[-1].stop == s.start:
-                joined[-1] = Span(joined[-1].start, joined[-1].length + s.length)
-            else:
-                joined.append(s)
-        self._free = joined
+        """Gives a span back."""
+        self._free.free(span)
 
     def view(self, layer: int, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
         """keys, values: (G, N, D) views of a span; writing to them writes to the arena."""

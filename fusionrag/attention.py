@@ -1,55 +1,80 @@
-"""The one hook into transformers: an attention function that reads and writes the arena.
+"""One forward pass as its attention sees it: whose rows these are, where their keys and values go, what each row sees.
 
-Every supported model calls its attention through `AttentionInterface`, with keyword arguments passed down from
-`model(...)`. We register a function under the name `fusionrag`, switch the model's rotary module off (so that queries
-and keys arrive unrotated), and pass a `ForwardStep` down. No model file is forked.
-
-The mask function must be registered as well: without it transformers silently builds none for a name that it does
-not know, with it we say so.
+The decoder (`fusionrag.decoder`) calls `write` and then `attend` once a layer. Knows nothing of weights, chunks or of
+why a row is run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from fusionrag.arena import KVArena
+from fusionrag.kernels.prepare_rows import prepare_rows_
 from fusionrag.kernels.row_plan import RequestRows, RowPlan, plan_rows
 from fusionrag.kernels.rows_attention import rows_attention
 from fusionrag.rope import Rope
 from fusionrag.types import RowGroup
 
-IMPLEMENTATION = "fusionrag"
+
+class StopForward(Exception):
+    """Raised by an observer that has seen enough layers."""
 
 
 @dataclass(frozen=True)
 class ForwardStep:
-    """What the hook needs during one forward pass: whose rows these are, and where keys and values go.
+    """The rows of all groups, in order: the same for all layers.
 
-    cos, sin: (R, rotary_dim / 2) fp32 of all rows' positions, computed once for all layers.
+    positions, slots: (R,) int64. cos, sin: (R, rotary_dim / 2) fp32.
     """
 
     groups: tuple[RowGroup, ...]
     arena: KVArena
-    rope: Rope
+    positions: torch.Tensor
+    slots: torch.Tensor
     cos: torch.Tensor
     sin: torch.Tensor
+    plans: dict[int | None, RowPlan] = field(default_factory=dict)  # by window, made at the first layer that has it
 
-    plans: dict[int | None, RowPlan] = field(default_factory=dict)
+    @classmethod
+    def of(cls, groups: tuple[RowGroup, ...], arena: KVArena, rope: Rope) -> ForwardStep:
+        positions = torch.cat([g.positions for g in groups])
+        slots = torch.cat([g.positions + g.span.start for g in groups])
+        return cls(groups, arena, positions, slots, *rope.tables(positions))
+
+    def write(self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Keys, rotated, and values go to their slots; the groups' observers see it. Returns the rotated queries.
+
+        queries (R, H, D), keys and values (R, G, D), all before rotation.
+        """
+        for group, rows in self.slices():
+            if group.arrival is not None:
+                group.arrival.wait(layer)
+            if group.observer is not None:
+                group.observer.before_write(layer, group, keys[rows].transpose(0, 1), values[rows].transpose(0, 1))
+        queries = queries.contiguous()  # a part of a wider projection, in some families
+        arena_keys, arena_values = self.arena.keys[layer], self.arena.values[layer]
+        prepare_rows_(queries, keys, values, self.cos, self.sin, self.slots, arena_keys, arena_values)
+        for group, rows in self.slices():
+            if group.observer is not None:
+                group.observer.after_write(layer, group, queries[rows].transpose(0, 1))
+        return queries
+
+    def attend(self, layer: int, queries: torch.Tensor, scaling: float, window: int | None) -> torch.Tensor:
+        """queries (R, H, D), rotated. Each row over its own span up to its own position; (R, H, D)."""
+        plan = self.plan(queries.shape[1], window)
+        return rows_attention(queries, self.arena.keys[layer], self.arena.values[layer], plan, scaling)
 
     def plan(self, num_heads: int, window: int | None) -> RowPlan:
-        """The attention plan of all rows, made at the first layer that has this window and kept for the others."""
         if window not in self.plans:
-            groups, keys = self.groups, self.arena.keys
-            positions = torch.cat([g.positions for g in groups])
-            slots = torch.cat([g.positions + g.span.start for g in groups])
+            keys = self.arena.keys
             requests = [RequestRows(rows.start, g.num_rows, g.span.start, g.span.length) for g, rows in self.slices()]
             self.plans[window] = plan_rows(
-                positions, slots, requests, num_heads, keys.shape[1], keys.shape[3], keys.dtype, window
+                self.positions, self.slots, requests, num_heads, keys.shape[1], keys.shape[3], keys.dtype, window
             )
         return self.plans[window]
 
@@ -60,49 +85,24 @@ class ForwardStep:
             yield group, slice(begin, begin + group.num_rows)
             begin += group.num_rows
 
+    @cached_property
+    def wanted(self) -> slice | torch.Tensor:
+        """The rows whose logits are wanted: of each group, its last `num_logits`."""
+        ranges = [(rows.stop - g.num_logits, rows.stop) for g, rows in self.slices() if g.num_logits]
+        if all(before[1] == after[0] for before, after in pairwise(ranges)):
+            return slice(ranges[0][0], ranges[-1][1]) if ranges else slice(0, 0)
+        rows = torch.tensor([row for begin, end in ranges for row in range(begin, end)])
+        device = self.positions.device
+        return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
 
-class StopForward(Exception):
-    """Raised by an observer that has seen enough layers."""
-
-
-def fusionrag_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    sliding_window: int | None = None,
-    forward_step: ForwardStep | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """query (1, H, R, D), key and value (1, G, R, D), all unrotated. Returns ((1, R, H, D), None)."""
-    assert forward_step is not None and attention_mask is None
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    step, queries, keys, values = forward_step, query[0], key[0], value[0]
-    rotated_queries = step.rope.rotate(queries, step.cos, step.sin)
-    rotated_keys = step.rope.rotate(keys, step.cos, step.sin)
-    for group, rows in step.slices():
-        observer = group.observer
-        if observer is not None:
-            observer.before_write(layer, group, keys[:, rows], values[:, rows])
-        span_keys, span_values = step.arena.view(layer, group.span)
-        span_keys.index_copy_(1, group.positions, rotated_keys[:, rows])
-        span_values.index_copy_(1, group.positions, values[:, rows])
-        if observer is not None:
-            observer.after_write(layer, group, rotated_queries[:, rows])
-    plan = step.plan(queries.shape[0], sliding_window)
-    arena = step.arena
-    out = rows_attention(rotated_queries.transpose(0, 1), arena.keys[layer], arena.values[layer], plan, scaling)
-    return out[None], None
-
-
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Causality is by position and decided in the hook."""
-    return None
-
-
-def register() -> None:
-    """Makes `attn_implementation="fusionrag"` known to transformers. Idempotent."""
-    AttentionInterface.register(IMPLEMENTATION, fusionrag_attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)
+    def of_wanted(self) -> ForwardStep:
+        """The same pass with the wanted rows alone; their keys and values are written already."""
+        groups = tuple(
+            replace(g, token_ids=g.token_ids[-g.num_logits :], positions=g.positions[-g.num_logits :])
+            for g in self.groups
+            if g.num_logits
+        )
+        if sum(g.num_rows for g in groups) == len(self.positions):
+            return self
+        own = self.wanted
+        return ForwardStep(groups, self.arena, self.positions[own], self.slots[own], self.cos[own], self.sin[own])

@@ -16,26 +16,26 @@ import logging
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
-from fusionrag.config import EngineConfig, ReuseConfig
+from fusionrag.clock import Mark
+from fusionrag.config import EngineConfig
 from fusionrag.cost import PrefillClock
 from fusionrag.errors import FusionRAGError, PromptTooLong, QueueFull
-from fusionrag.layout import Naming, Stitched, compute_prefix, naming, stitch_
+from fusionrag.layout import Naming, compute_prefix, naming, stitch_
+from fusionrag.live_request import EngineRequest, LiveRequest
+from fusionrag.loading import make_loader
 from fusionrag.model import LanguageModel
 from fusionrag.reprocess.probe import ScoreInputs
 from fusionrag.reprocess.recompute import correction, recompute_positions
 from fusionrag.reprocess.select import choose
-from fusionrag.sampling import Sampler, SamplingParams, TextStream
 from fusionrag.scheduler import Share, pack
 from fusionrag.store.base import KVStore
 from fusionrag.types import (
-    AttentionObserver,
     ChunkKV,
     FinishReason,
-    PromptPlan,
     RequestStats,
     RowGroup,
     Span,
@@ -48,20 +48,6 @@ MAX_ROWS_ALONE = 16384  # of one pass of a request that runs alone; bounds the a
 
 
 @dataclass(frozen=True)
-class EngineRequest:
-    """One prompt to answer. `arrival` is `time.perf_counter()` when the request came in, retrieval included."""
-
-    request_id: str
-    plan: PromptPlan
-    sampling: SamplingParams
-    reuse: ReuseConfig
-    arrival: float = field(default_factory=time.perf_counter)
-    retrieve_ms: float = 0.0
-    owner: str = ""  # whose stored KV may be used
-    explain: bool = False  # say which tokens were recomputed
-
-
-@dataclass(frozen=True)
 class EngineLoad:
     """How busy the engine is."""
 
@@ -71,50 +57,19 @@ class EngineLoad:
     arena_used_tokens: int
 
 
-class LiveRequest:
-    """A request that owns a span. Mutable, private to the engine and the scheduler."""
-
-    def __init__(self, request: EngineRequest, span: Span, model: LanguageModel) -> None:
-        self.request, self.span, self.plan = request, span, request.plan
-        self.token_ids = torch.tensor(request.plan.token_ids, device=model.device)  # grows by what is generated
-        self.pending = torch.empty(0, dtype=torch.int64, device=model.device)  # positions still to run, ascending
-        self.observer: AttentionObserver | None = None
-        self.stitched: Stitched | None = None
-        self.is_decoding = False
-        self.num_generated = 0
-        self.prefill_begin = 0.0
-        self.stats = RequestStats(prompt_tokens=request.plan.num_tokens)
-        self.sampler = Sampler(request.sampling, request.plan.token_ids)
-        eos_ids = frozenset() if request.sampling.ignore_eos else model.eos_ids
-        self.text = TextStream(model.tokenizer, request.sampling.stop, eos_ids)
-
-    @property
-    def num_pending(self) -> int:
-        return len(self.pending)
-
-    @property
-    def is_atomic(self) -> bool:
-        return self.observer is not None
-
-    @property
-    def is_filling(self) -> bool:
-        return self.stitched is not None
-
-    def take(self, num_rows: int) -> RowGroup:
-        """The next `num_rows` pending rows; logits are wanted when they are the last before a token."""
-        positions, self.pending = self.pending[:num_rows], self.pending[num_rows:]
-        wants_token = not self.is_filling and not len(self.pending)
-        return RowGroup(self.span, self.token_ids[positions], positions, int(wants_token), self.observer)
-
-    def note(self, **elapsed_ms: float) -> None:
-        self.stats = replace(self.stats, phases=self.stats.phases.plus(**elapsed_ms))
-
-
 class Engine:
     """Continuous batching over one model, one arena and one store. Not thread-safe: one thread calls it."""
 
-    def __init__(self, model: LanguageModel, store: KVStore, config: EngineConfig, kv_codec: str = "none") -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        store: KVStore,
+        config: EngineConfig,
+        kv_codec: str = "none",
+        device_tier_bytes: int = 0,
+    ) -> None:
         self.model, self.store, self.config = model, store, config
+        self._loader = make_loader(model, store, device_tier_bytes)
         self.arena = model.new_arena(config.num_slots(model.max_model_len))
         self._kv_codec = kv_codec
         self._clock = PrefillClock(model)
@@ -225,8 +180,9 @@ class Engine:
         except BaseException:
             self.arena.free(span)
             raise
+        live.time("recompute_ms", live.prefill_begin, Mark.now(self.model.device))
         self.model.synchronize()
-        live.note(recompute_ms=(time.perf_counter() - live.prefill_begin) * 1e3)
+        live.settle()
         stats = replace(live.stats, ttft_ms=(time.perf_counter() - request.arrival) * 1e3)
         return Prefilled(self, span, request.plan.num_tokens, logits[0], stats)
 
@@ -255,14 +211,14 @@ class Engine:
         if reuse.effective_ratio >= 1 or not plan.prefix.token_ids:
             live.pending = torch.arange(plan.num_tokens, device=self.model.device)
             live.stats = replace(live.stats, computed_tokens=plan.num_tokens)
-            live.prefill_begin = time.perf_counter()
+            live.prefill_begin = Mark.now(self.model.device)
             return
         names, prefix = self.prefix(plan.prefix.token_ids)
         names = replace(names, owner=live.request.owner)
-        stitched = stitch_(self.model, self.arena, live.span, plan, self.store, names, prefix, reuse)
+        stitched = stitch_(self.model, self._loader, self.arena, live.span, plan, names, prefix, reuse)
         live.note(load_ms=stitched.load_ms, reposition_ms=stitched.reposition_ms)
-        live.stitched, live.pending = stitched, stitched.missing
-        live.prefill_begin = time.perf_counter()
+        live.stitched, live.pending, live.arrival = stitched, stitched.missing, stitched.arrival
+        live.prefill_begin = Mark.now(self.model.device)
         if not live.num_pending:
             self._select(live)
 
@@ -270,19 +226,27 @@ class Engine:
         """All chunks are in the span: decides which tokens are run again, and queues them and the tail."""
         stitched, plan, reuse = live.stitched, live.plan, live.request.reuse
         assert stitched is not None
-        begin = time.perf_counter()
-        live.note(recompute_ms=(begin - live.prefill_begin) * 1e3)  # computing missing chunks in place
         seed = live.request.sampling.seed or 0
         inputs = ScoreInputs(
-            self.model, self.arena, live.span, plan, stitched.chunk_of, stitched.candidates, reuse, seed
+            self.model,
+            self.arena,
+            live.span,
+            plan,
+            stitched.chunk_of,
+            stitched.candidates,
+            reuse,
+            seed,
+            stitched.arrival,
         )
         selection = choose(inputs, stitched.num_reused)
         selected = selection.positions
         live.observer = correction(self.model, self.arena, plan, selected, reuse.correction)
         live.pending, live.stitched = recompute_positions(plan, selected), None
-        live.note(probe_ms=selection.probe_ms, select_ms=selection.select_ms)
-        live.stats = _with_counts(live.stats, plan, stitched, selected, live.request.explain)
-        live.prefill_begin = time.perf_counter()
+        live.choose(stitched, selected)
+        live.time("recompute_ms", live.prefill_begin, selection.begin)  # computing missing chunks in place
+        live.time("probe_ms", selection.begin, selection.probed)
+        live.time("select_ms", selection.probed, selection.selected)
+        live.prefill_begin = selection.selected
 
     def _advance(self, share: Share, logits: torch.Tensor | None) -> TokenEvent | None:
         """What a request does after its rows have run."""
@@ -298,16 +262,17 @@ class Engine:
 
     def _sample(self, live: LiveRequest, logits: torch.Tensor) -> TokenEvent:
         """logits: (V,). Draws the next token and makes it the request's next row, or ends the request."""
-        is_first = live.num_generated == 0
-        begin = time.perf_counter()
+        is_first, recomputed = live.num_generated == 0, Mark.now(self.model.device)
         token_id = live.sampler.next(logits)
         step = live.text.push(token_id)
         live.num_generated += 1
         live.stats = replace(live.stats, completion_tokens=live.num_generated)
         if is_first:
-            now = time.perf_counter()
-            live.note(recompute_ms=(begin - live.prefill_begin) * 1e3, sample_ms=(now - begin) * 1e3)
-            ttft_ms = (now - live.request.arrival) * 1e3
+            ttft_ms = (time.perf_counter() - live.request.arrival) * 1e3
+            live.time("recompute_ms", live.prefill_begin, recomputed)
+            live.time("sample_ms", recomputed, Mark.now(self.model.device))
+            self.model.synchronize()  # the device is done but for the last mark
+            live.settle()
             live.stats = replace(live.stats, ttft_ms=ttft_ms, predicted_full_ms=self._predicted_full_ms(live))
             live.observer, live.is_decoding = None, True
         finish: FinishReason | None = step.finished
@@ -315,9 +280,7 @@ class Engine:
         if finish is None and live.num_generated >= live.request.sampling.max_tokens:
             finish, text = "length", text + live.text.flush()
         if finish is None:
-            last = live.token_ids.new_tensor([token_id])
-            live.pending = live.token_ids.new_tensor([len(live.token_ids)])
-            live.token_ids = torch.cat([live.token_ids, last])
+            live.append(token_id)
         else:
             self._release(live)
         stats = live.stats if is_first or finish else None
@@ -337,6 +300,8 @@ class Engine:
     def _release(self, live: LiveRequest) -> None:
         if live in self._live:
             self._live.remove(live)
+            if live.arrival is not None:  # else what is still on its way would be written into somebody else's span
+                live.arrival.wait_for_all()
             self.arena.free(live.span)
 
 
@@ -365,31 +330,3 @@ class Prefilled:
 def _live(share: Share) -> LiveRequest:
     assert isinstance(share.request, LiveRequest)
     return share.request
-
-
-def _with_counts(
-    stats: RequestStats, plan: PromptPlan, stitched: Stitched, selected: torch.Tensor, explain: bool
-) -> RequestStats:
-    """Token counts and receipts, known once the selection is."""
-    per_chunk = torch.bincount(stitched.chunk_of[selected], minlength=len(plan.chunks)).tolist()
-    chunks = tuple(replace(r, num_recomputed=per_chunk[i]) for i, r in enumerate(stitched.receipts))
-    if explain:
-        positions = selected.tolist()
-        chunks = tuple(
-            replace(r, recomputed=_runs([p - s.start for p in positions if s.start <= p < s.stop]))
-            for r, s in zip(chunks, plan.chunks, strict=True)
-        )
-    return replace(
-        stats,
-        reused_tokens=plan.prefix.num_tokens + stitched.num_reused - len(selected),
-        recomputed_tokens=len(selected),
-        computed_tokens=plan.tail.num_tokens + len(stitched.missing),
-        chunks=chunks,
-    )
-
-
-def _runs(positions: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Ascending positions as runs [begin, end)."""
-    starts = [p for i, p in enumerate(positions) if i == 0 or positions[i - 1] != p - 1]
-    ends = [p + 1 for i, p in enumerate(positions) if i + 1 == len(positions) or positions[i + 1] != p + 1]
-    return tuple(zip(starts, ends, strict=True))

@@ -8,24 +8,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from fusionrag.arena import KVArena
 from fusionrag.config import ReuseConfig
-from fusionrag.model import LanguageModel
-from fusionrag.stitch import CaptureKV, place_
-from fusionrag.store.base import KVStore, StoredHit
+from fusionrag.loading import Loader, Piece
+from fusionrag.model import LanguageModel, upload
+from fusionrag.stitch import CaptureKV
+from fusionrag.store.codec import EncodedKV
 from fusionrag.types import (
     ChunkKV,
     ChunkReceipt,
+    KVArrival,
     KVKind,
     KVSource,
     KVSpec,
     PromptChunk,
     PromptPlan,
     RowGroup,
+    Segment,
     Span,
 )
 
@@ -66,7 +69,7 @@ def naming(model: LanguageModel, codec: str, prefix_ids: tuple[int, ...], owner:
 
 @dataclass(frozen=True)
 class Stitched:
-    """A span whose stored KV is in place.
+    """A span whose stored KV is in place, or on its way (`arrival`).
 
     missing: (M,) positions of chunk tokens that have to be computed in place, ascending.
     candidates: (K,) positions of reused tokens that may be selected, ascending.
@@ -78,13 +81,14 @@ class Stitched:
     candidates: torch.Tensor
     chunk_of: torch.Tensor
     num_reused: int  # chunk tokens taken from the store
-    load_ms: float
-    reposition_ms: float
+    load_ms: float  # finding it
+    reposition_ms: float  # bringing it into the span; on a GPU, queueing that
+    arrival: KVArrival | None = None
 
 
 @torch.inference_mode()
 def compute_prefix(model: LanguageModel, prefix_ids: tuple[int, ...]) -> ChunkKV:
-    """The prefix's KV, un-rotated. Every prompt of a collection begins with it."""
+    """The prefix's KV, un-rotated, on the model's device. Every prompt of a collection begins with it."""
     capture, ids = CaptureKV(), model.rows(prefix_ids)
     arena = model.new_arena(len(prefix_ids))
     model.forward([RowGroup(Span(0, len(prefix_ids)), *ids, observer=capture)], arena)
@@ -94,51 +98,55 @@ def compute_prefix(model: LanguageModel, prefix_ids: tuple[int, ...]) -> ChunkKV
 @torch.inference_mode()
 def stitch_(
     model: LanguageModel,
+    loader: Loader,
     arena: KVArena,
     span: Span,
     plan: PromptPlan,
-    store: KVStore,
     names: Naming,
     prefix: ChunkKV,
     config: ReuseConfig,
 ) -> Stitched:
-    """Loads what the store has for the plan's chunks and writes it, re-positioned, into the span."""
-    device = model.device
-    chunk_of = torch.full((plan.num_tokens,), -1, dtype=torch.int64, device=device)
-    place_(arena, model.rope, span, 0, prefix)
-    receipts: list[ChunkReceipt] = []
-    missing, candidates = [], []
-    load_ms = reposition_ms = 0.0
-    for i, segment in enumerate(plan.chunks):
+    """Finds what is stored for the plan's chunks and brings it, re-positioned, into the span."""
+    begin = time.perf_counter()
+    candidates = [
+        names.candidates(s.chunk, i == 0, config.first_chunk_raw) for i, s in enumerate(plan.chunks) if s.chunk
+    ]
+    pieces, receipts = [Piece(0, EncodedKV.plain(prefix))], list[ChunkReceipt]()
+    missing, reused = list[Segment](), list[Segment]()
+    for i, (segment, found) in enumerate(zip(plan.chunks, loader.find(candidates), strict=True)):
         assert segment.chunk is not None
-        chunk_of[segment.start : segment.stop] = i
-        positions = torch.arange(segment.start, segment.stop, device=device)
-        begin = time.perf_counter()
-        hit: StoredHit | None = None
-        kind: KVKind = "raw"
-        for spec in names.candidates(segment.chunk, i == 0, config.first_chunk_raw):
-            hit, kind = store.get(spec), spec.kind
-            if hit is not None:
-                break
-        load_ms += (time.perf_counter() - begin) * 1e3
-        receipt = ChunkReceipt(segment.chunk.chunk_id, segment.num_tokens, KVSource.COMPUTED, kind)
-        if hit is None:
-            missing.append(positions)
-        else:
-            begin = time.perf_counter()
-            place_(arena, model.rope, span, segment.start, hit.kv)
-            reposition_ms += (time.perf_counter() - begin) * 1e3
-            receipt = replace(receipt, source=hit.source)
-            if i > 0 or kind != "raw":  # raw KV right behind the prefix is exact: nothing to select or correct
-                candidates.append(positions)
-        receipts.append(receipt)
-    nothing = torch.empty(0, dtype=torch.int64, device=device)
+        kind: KVKind = candidates[i][-1].kind if found is None else found.spec.kind
+        source = KVSource.COMPUTED if found is None else found.source
+        receipts.append(ChunkReceipt(segment.chunk.chunk_id, segment.num_tokens, source, kind))
+        if found is None:
+            missing.append(segment)
+            continue
+        pieces.append(Piece(segment.start, found.payload, found.spec.digest))
+        if i > 0 or kind != "raw":  # raw KV right behind the prefix is exact: nothing to select or correct
+            reused.append(segment)
+    found_at = time.perf_counter()
+    arrival = loader.place_(arena, span, pieces)
     return Stitched(
         receipts=tuple(receipts),
-        missing=torch.cat([nothing, *missing]),
-        candidates=torch.cat([nothing, *candidates]),
-        chunk_of=chunk_of,
+        missing=_positions(missing, model.device),
+        candidates=_positions(reused, model.device),
+        chunk_of=_chunk_of(plan, model.device),
         num_reused=sum(r.num_tokens for r in receipts if r.source is not KVSource.COMPUTED),
-        load_ms=load_ms,
-        reposition_ms=reposition_ms,
+        load_ms=(found_at - begin) * 1e3,
+        reposition_ms=(time.perf_counter() - found_at) * 1e3,
+        arrival=arrival,
     )
+
+
+def _positions(segments: Sequence[Segment], device: torch.device) -> torch.Tensor:
+    """All positions of these segments, ascending, int64."""
+    runs = [torch.arange(s.start, s.stop) for s in segments]
+    return upload(torch.cat(runs) if runs else torch.empty(0, dtype=torch.int64), device)
+
+
+def _chunk_of(plan: PromptPlan, device: torch.device) -> torch.Tensor:
+    """(N,) the chunk of each position, -1 for prefix and tail."""
+    chunk_of = torch.full((plan.num_tokens,), -1)
+    for i, segment in enumerate(plan.chunks):
+        chunk_of[segment.start : segment.stop] = i
+    return upload(chunk_of, device)

@@ -20,11 +20,13 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from fusionrag import attention, default_model
+from fusionrag import default_model
 from fusionrag.arena import KVArena
+from fusionrag.attention import ForwardStep
 from fusionrag.config import ModelConfig
+from fusionrag.decoder import Decoder
 from fusionrag.errors import ConfigError, ModelNotFound, UnsupportedModel
-from fusionrag.rope import IdentityRotary, Rope, extract_rope
+from fusionrag.rope import Rope, extract_rope
 from fusionrag.types import RowGroup
 
 # Families whose attention was checked: plain causal softmax attention, RoPE by halves, keys rotated last.
@@ -47,10 +49,10 @@ class ModelShape:
 
 
 class LanguageModel:
-    """A transformers decoder whose attention is ours. Not thread-safe: one thread runs `forward`."""
+    """A transformers decoder, run by rows. Not thread-safe: one thread runs `forward`."""
 
     def __init__(self, hf: Any, tokenizer: Any, name: str, max_model_len: int = 0) -> None:
-        """hf: a `…ForCausalLM` built with `attn_implementation="fusionrag"`. Takes it over: its rotary is replaced."""
+        """hf: a `…ForCausalLM` of a supported family; its weights are used, its own forward is not."""
         config = hf.config
         check_supported(config)
         limit = int(config.max_position_embeddings)
@@ -66,8 +68,7 @@ class LanguageModel:
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             vocab_size=config.vocab_size,
         )
-        decoder.rotary_emb = IdentityRotary(self.rope.rotary_dim)
-        self._hf, self._decoder, self._head = hf.eval(), decoder, hf.get_output_embeddings()
+        self._hf, self._decoder, self._head = hf.eval(), Decoder(decoder, config), hf.get_output_embeddings()
         self.dtype: torch.dtype = self._head.weight.dtype
         self.device: torch.device = self._head.weight.device
 
@@ -81,22 +82,14 @@ class LanguageModel:
 
         Returns fp32 logits (Σ num_logits, V): for each group in order, of its last `num_logits` rows.
         """
-        positions = torch.cat([g.positions for g in groups])
-        cos, sin = self.rope.tables(positions)
-        step = attention.ForwardStep(tuple(groups), arena, self.rope, cos, sin)
-        hidden = self._decoder(
-            input_ids=torch.cat([g.token_ids for g in groups])[None],
-            position_ids=positions[None],
-            use_cache=False,
-            forward_step=step,
-        ).last_hidden_state[0]  # (R, hidden)
-        wanted = [hidden[rows][group.num_rows - group.num_logits :] for group, rows in step.slices()]
-        logits: torch.Tensor = self._head(torch.cat(wanted)).float()
+        step = ForwardStep.of(tuple(groups), arena, self.rope)
+        hidden = self._decoder.forward(torch.cat([g.token_ids for g in groups]), step)
+        logits: torch.Tensor = self._head(hidden).float()
         return logits
 
     def rows(self, token_ids: Sequence[int], first_position: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """token_ids and positions of a contiguous run, as tensors on the model's device."""
-        ids = torch.tensor(token_ids, dtype=torch.int64, device=self.device)
+        ids = upload(torch.tensor(token_ids, dtype=torch.int64), self.device)
         return ids, torch.arange(first_position, first_position + len(ids), device=self.device)
 
     def synchronize(self) -> None:
@@ -111,7 +104,7 @@ class LanguageModel:
         experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 1
         share = getattr(config, "num_experts_per_tok", experts) / experts
         embedding = self._hf.get_input_embeddings().weight
-        weights = {n: w for n, w in self._decoder.named_parameters() if w.ndim > 1 and w is not embedding}
+        weights = {n: w for n, w in self._hf.get_decoder().named_parameters() if w.ndim > 1 and w is not embedding}
         return int(sum(w.numel() * (share if ".experts." in n else 1) for n, w in weights.items()))
 
     @cached_property
@@ -136,6 +129,11 @@ class LanguageModel:
             sample = flat[:: max(1, flat.numel() // FINGERPRINT_SAMPLES)].float().cpu()
             digest.update(f"{name}{tuple(weight.shape)}".encode() + sample.numpy().tobytes())
         return digest.hexdigest()
+
+
+def upload(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`host` on `device`, on its way there without waiting for what the device still has to do."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 _NOT_IN_FINGERPRINT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
@@ -176,7 +174,6 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 def load_model(config: ModelConfig) -> LanguageModel:
     """Loads the configured model. Raises ModelNotFound, UnsupportedModel or ConfigError."""
-    attention.register()
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     path = model_path(config)
@@ -190,7 +187,7 @@ def load_model(config: ModelConfig) -> LanguageModel:
     tokenizer = load_tokenizer(config)
     try:
         with _no_progress_bar():
-            hf = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention.IMPLEMENTATION)
+            hf = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     except (OSError, ValueError) as error:
         raise ModelNotFound(f"model {config.model!r}: {error}") from error
     name = config.model if config.model == default_model.ALIAS else Path(path).name

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fusionrag.config import RetrievalConfig, ReuseConfig
-from fusionrag.engine import Engine, EngineRequest
+from fusionrag.engine import Engine
 from fusionrag.errors import ConfigError, RequestError
+from fusionrag.live_request import EngineRequest
 from fusionrag.prompt import Offsets, PromptBuilder, Turn
 from fusionrag.reprocess.probe import parse_layers
 from fusionrag.sampling import SamplingParams

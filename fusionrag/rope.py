@@ -10,7 +10,6 @@ Convention: the two halves of the rotary dimensions form the pairs (i, i + rotar
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -50,18 +49,6 @@ class Rope:
         """Moves rotated keys (..., R, D) by `delta` (R,) positions; the table's scaling is not applied twice."""
         cos, sin = self.tables(delta)
         return self.rotate(rotated, cos / self.scaling, sin / self.scaling)
-
-
-class IdentityRotary(torch.nn.Module):
-    """Takes the place of the model's rotary module: cos 1, sin 0, so that attention sees queries and keys unrotated."""
-
-    def __init__(self, rotary_dim: int) -> None:
-        super().__init__()
-        self.rotary_dim = rotary_dim
-
-    def forward(self, x: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        shape = (1, 1, self.rotary_dim)
-        return torch.ones(shape, dtype=x.dtype, device=x.device), torch.zeros(shape, dtype=x.dtype, device=x.device)
 
 
 def extract_rope(rotary: torch.nn.Module, max_position: int) -> Rope:

@@ -62,6 +62,23 @@ class AttentionObserver(Protocol):
         ...
 
 
+class KVArrival(Protocol):
+    """Stored KV on its way into a span, layer by layer."""
+
+    def wait(self, layer: int) -> None:
+        """Work queued from now on finds this layer's KV in place. Does not wait for the device."""
+        ...
+
+    def wait_for_all(self) -> None:
+        """The same for all layers."""
+        ...
+
+    @property
+    def elapsed_ms(self) -> float:
+        """How long it took to arrive; only known once the device is done with it."""
+        ...
+
+
 @dataclass(frozen=True)
 class RowGroup:
     """The rows of one request in one forward pass. `positions` ascend; row i lives in slot `span.start + positions[i]`.
@@ -74,6 +91,7 @@ class RowGroup:
     positions: torch.Tensor  # (R,) int64, ascending, no duplicates
     num_logits: int = 0  # logits are wanted for the last `num_logits` rows
     observer: AttentionObserver | None = None
+    arrival: KVArrival | None = None  # what the rows must wait for
 
     @property
     def num_rows(self) -> int:
@@ -195,6 +213,7 @@ class PromptPlan:
 class KVSource(Enum):
     """Where a chunk's KV came from, fastest first."""
 
+    DEVICE = "device"
     HOST = "host"
     DISK = "disk"
     COMPUTED = "computed"  # no usable stored object: computed in place, behind what stands there
@@ -241,6 +260,7 @@ class RequestStats:
     ttft_ms: float = 0.0
     predicted_full_ms: float | None = None  # what `ttft_ms` would be with full prefill; None: no rate measured yet
     phases: Phases = field(default_factory=Phases)
+    arrival_ms: float = 0.0  # stored KV's way over the link, beside the phases; 0 on the CPU, where it is one of them
     chunks: tuple[ChunkReceipt, ...] = ()
 
 

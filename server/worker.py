@@ -20,7 +20,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
-from fusionrag.engine import Engine, EngineLoad, EngineRequest
+from fusionrag.engine import Engine, EngineLoad
+from fusionrag.live_request import EngineRequest
 from fusionrag.types import TokenEvent
 from index.errors import FusionRAGError
 from server.errors import Draining, EngineDown

@@ -17,12 +17,12 @@ from hypothesis import settings
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from fusionrag import attention
 from fusionrag.config import EngineConfig, ModelConfig, PromptConfig, ReuseConfig
 from fusionrag.default_model import ALIAS, default_model_dir
-from fusionrag.engine import Engine, EngineRequest, Prefilled
+from fusionrag.engine import Engine, Prefilled
 from fusionrag.errors import ModelNotFound
 from fusionrag.layout import Naming, naming
+from fusionrag.live_request import EngineRequest
 from fusionrag.model import LanguageModel, load_model
 from fusionrag.preprocess.job import PreprocessJob
 from fusionrag.prompt import PromptBuilder, Turn
@@ -144,7 +144,6 @@ def make_config() -> Callable[..., Any]:
 def make_hf() -> Callable[..., Any]:
     def make(config: Any, implementation: str, seed: int = 0) -> Any:
         """A transformers decoder with weights that depend on configuration and seed alone."""
-        attention.register()
         hf = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -166,7 +165,7 @@ def make_model(make_config, make_hf, tokenizer) -> Callable[..., LanguageModel]:
     def make(family: str = "llama", seed: int = 0, **changes: Any) -> LanguageModel:
         key = (family, seed, repr(sorted(changes.items())))
         if key not in made:
-            hf = make_hf(make_config(family, **changes), attention.IMPLEMENTATION, seed)
+            hf = make_hf(make_config(family, **changes), "eager", seed)
             made[key] = LanguageModel(hf, tokenizer, family)
         return made[key]
 

@@ -21,7 +21,7 @@ from fusionrag.attention import StopForward
 from fusionrag.config import ReuseConfig
 from fusionrag.errors import ConfigError
 from fusionrag.model import LanguageModel
-from fusionrag.types import PromptPlan, RowGroup, Span
+from fusionrag.types import KVArrival, PromptPlan, RowGroup, Span
 
 CACHEBLEND_LAYER = (
     1  # keys and values of layer 0 do not depend on the context, so layer 1 is the first that can deviate
@@ -40,6 +40,7 @@ class ScoreInputs:
     candidates: torch.Tensor
     config: ReuseConfig
     seed: int = 0
+    arrival: KVArrival | None = None  # stored KV that is still on its way into the span
 
     @property
     def probe_rows(self) -> tuple[int, int]:
@@ -79,7 +80,7 @@ def cacheblend_scores(inputs: ScoreInputs) -> torch.Tensor:
     probe = _DeviationProbe(inputs)
     stop = inputs.plan.tail.start
     ids, positions = inputs.model.rows(inputs.plan.token_ids[:stop])
-    _observe(inputs.model, RowGroup(inputs.span, ids, positions, observer=probe), inputs.arena)
+    _observe(inputs.model, RowGroup(inputs.span, ids, positions, observer=probe, arrival=inputs.arrival), inputs.arena)
     return probe.importance
 
 
@@ -121,7 +122,7 @@ def parse_layers(text: str, num_layers: int) -> frozenset[int]:
 def _run_tail(inputs: ScoreInputs, probe: _Probe) -> None:
     tail = inputs.plan.tail
     ids, positions = inputs.model.rows(tail.token_ids, tail.start)
-    _observe(inputs.model, RowGroup(inputs.span, ids, positions, observer=probe), inputs.arena)
+    _observe(inputs.model, RowGroup(inputs.span, ids, positions, observer=probe, arrival=inputs.arrival), inputs.arena)
 
 
 def _observe(model: LanguageModel, group: RowGroup, arena: KVArena) -> None:

@@ -7,11 +7,11 @@ positions are taken, ties broken by position so that the same scores always give
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 
 import torch
 
+from fusionrag.clock import Mark
 from fusionrag.reprocess import probe
 
 SCORERS: dict[str, probe.Scorer] = {
@@ -36,22 +36,22 @@ def select(importance: torch.Tensor, candidates: torch.Tensor, num_selected: int
 
 @dataclass(frozen=True)
 class Selection:
-    """positions: (K,) ascending; what it took to find them."""
+    """positions: (K,) ascending; the moments before and after scoring, and after selecting."""
 
     positions: torch.Tensor
-    probe_ms: float = 0.0
-    select_ms: float = 0.0
+    begin: Mark
+    probed: Mark
+    selected: Mark
 
 
 def choose(inputs: probe.ScoreInputs, num_reused: int) -> Selection:
     """Scores and selects as the request's configuration says; nothing is scored where all or none are taken."""
-    config, candidates = inputs.config, inputs.candidates
+    config, candidates, device = inputs.config, inputs.candidates, inputs.model.device
     num_selected = budget(config.effective_ratio, num_reused, len(candidates))
+    begin = Mark.now(device)
     if num_selected in (0, len(candidates)):
-        return Selection(candidates[:num_selected])
-    begin = time.perf_counter()
+        return Selection(candidates[:num_selected], begin, begin, begin)
     importance = SCORERS[config.method](inputs)
-    inputs.model.synchronize()
-    probed = time.perf_counter()
+    probed = Mark.now(device)
     positions = select(importance, candidates, num_selected)
-    return Selection(positions, (probed - begin) * 1e3, (time.perf_counter() - probed) * 1e3)
+    return Selection(positions, begin, probed, Mark.now(device))

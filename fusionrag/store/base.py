@@ -1,15 +1,17 @@
 """The contract of a KV store. Its primitives:
 
     get(spec)       the stored KV of exactly this spec, or None; never raises: a bad object is set aside and is a miss
+    recall(spec)    as `get`, of what is in host memory alone; a miss is not counted
     put(spec, kv)   keeps `kv` under `spec.digest`; idempotent; durable when it returns; StoreError if it cannot
     contains(spec)  whether an object of this name is there; does not read its payload
     delete(digest)  removes an object, bytes freed (0: there was none); KV already handed out stays valid
     digests()       the names of all objects, ascending
     stats           counters since the store was opened: a snapshot
 
-Knows nothing of models, requests or positions. Invariants: what `get` returns is what `decode(encode(kv))` of the
-spec's codec gives, whichever tier it comes from (equal specs ⇔ interchangeable bytes, I5); it is on the CPU, shared
-between all who asked for it, and nobody may write to it (I4). All methods may be called from several threads.
+Knows nothing of models, requests or positions. Invariants: what `get` returns stands for what `decode(encode(kv))` of
+the spec's codec gives, whichever tier it comes from and however it is kept there (equal specs ⇔ interchangeable bytes,
+I5); it is in host memory, shared between all who asked for it, and nobody may write to it (I4). All methods may be
+called from several threads.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from fusionrag.errors import StoreError
+from fusionrag.store.codec import EncodedKV
 from fusionrag.types import ChunkKV, KVSource, KVSpec
 
 
@@ -28,10 +31,14 @@ class BadObject(StoreError):
 
 @dataclass(frozen=True)
 class StoredHit:
-    """`kv` on the CPU, and the tier it came from."""
+    """What was stored, in host memory, and the tier it came from."""
 
-    kv: ChunkKV
+    payload: EncodedKV
     source: KVSource
+
+    @property
+    def kv(self) -> ChunkKV:
+        return self.payload.kv
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,8 @@ class KVStore(Protocol):
     def stats(self) -> StoreStats: ...
 
     def get(self, spec: KVSpec) -> StoredHit | None: ...
+
+    def recall(self, spec: KVSpec) -> StoredHit | None: ...
 
     def put(self, spec: KVSpec, kv: ChunkKV) -> None: ...
 

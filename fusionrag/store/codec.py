@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -52,6 +53,42 @@ class TensorLayout:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class EncodedKV:
+    """One chunk's KV as its codec keeps it. Immutable and shared (I4), as the `ChunkKV` that it stands for.
+
+    tensors: contiguous, on one device, as `layout(codec, dtype, shape)` names them.
+    """
+
+    codec: str
+    dtype: torch.dtype  # of the decoded KV
+    tensors: Mapping[str, torch.Tensor]
+
+    @classmethod
+    def plain(cls, kv: ChunkKV) -> EncodedKV:
+        """A copy of `kv` without a codec, on its device."""
+        return cls("none", kv.keys.dtype, {"kv": torch.stack((kv.keys, kv.values), dim=1)})
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors.values())
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tensors["kv"].shape[3]
+
+    @cached_property
+    def kv(self) -> ChunkKV:
+        """Decoded; decoded once."""
+        return decode(self.tensors, self.codec, self.dtype)
+
+    def decoded(self) -> EncodedKV:
+        """The same KV without a codec: what is decoded once need not be decoded for every request."""
+        if self.codec == "none":
+            return self
+        return EncodedKV.plain(self.kv)
 
 
 def dtype_named(name: str) -> torch.dtype:

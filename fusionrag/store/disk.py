@@ -47,6 +47,11 @@ def _no_step(step: PutStep) -> None:
     pass
 
 
+def pageable(num_bytes: int) -> torch.Tensor:
+    """uint8 (num_bytes,) of ordinary memory."""
+    return torch.empty(num_bytes, dtype=torch.uint8)
+
+
 class DiskStore:
     """A KVStore (see `base`). Raises StoreError when `root` cannot be made or written.
 
@@ -75,12 +80,12 @@ class DiskStore:
     def stats(self) -> StoreStats:
         return self._stats
 
-    def get(self, spec: KVSpec) -> StoredHit | None:
-        """One read of the whole file; keys and values are views of it where the codec allows."""
+    def get(self, spec: KVSpec, allocate: Callable[[int], torch.Tensor] = pageable) -> StoredHit | None:
+        """One read of the whole file into what `allocate(num_bytes)` gives, uint8; the payload's tensors are views."""
         path = self._path(spec.digest)
         try:
-            data = _read(path)
-            kv = StoredObject.parsed(data, spec, self._verify_checksum).kv
+            data = _read(path, allocate)
+            payload = StoredObject.parsed(data, spec, self._verify_checksum).payload
         except FileNotFoundError:
             self._count(misses=1)
             return None
@@ -92,7 +97,10 @@ class DiskStore:
             self._count(misses=1)
             return None
         self._count(hits_disk=1, bytes_read=len(data))
-        return StoredHit(kv, KVSource.DISK)
+        return StoredHit(payload, KVSource.DISK)
+
+    def recall(self, spec: KVSpec) -> StoredHit | None:  # noqa: ARG002 - nothing is in memory
+        return None
 
     def put(self, spec: KVSpec, kv: ChunkKV) -> None:
         self.put_object(StoredObject.encoded(spec, kv))
@@ -205,11 +213,11 @@ class DiskStore:
                     temporary.unlink()
 
 
-def _read(path: Path) -> torch.Tensor:
+def _read(path: Path, allocate: Callable[[int], torch.Tensor]) -> torch.Tensor:
     """All bytes of a file, uint8 (n,), in one read into memory that nothing else owns."""
     try:
         with open(path, "rb", buffering=0) as file:
-            data = torch.empty(os.fstat(file.fileno()).st_size, dtype=torch.uint8)
+            data = allocate(os.fstat(file.fileno()).st_size)
             rest = data.numpy().data
             while rest and (num_read := file.readinto(rest)):  # the kernel gives at most 2 GiB at a time
                 rest = rest[num_read:]

@@ -1,4 +1,4 @@
-"""Stored KV in host memory: the most recently used objects, decoded.
+"""Stored KV in host memory: the most recently used objects.
 
 Knows nothing of files. Invariant: the tier never holds more than `capacity_bytes`; what it lets go lives on for as long
 as a request holds it, for KV is immutable and shared (I4).
@@ -9,19 +9,31 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
+from typing import Generic, Protocol, TypeVar
 
 from fusionrag.store.base import StoredHit, StoreStats
+from fusionrag.store.codec import EncodedKV
 from fusionrag.store.stored_object import StoredObject
 from fusionrag.types import ChunkKV, KVSource, KVSpec
 
 
-class HostTier:
+class HeldKV(Protocol):
+    """What the tier needs to know of what it keeps."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+
+Held = TypeVar("Held", bound=HeldKV)
+
+
+class HostTier(Generic[Held]):
     """Least recently used first out, counted in bytes. An object larger than the tier is not kept. Thread-safe."""
 
     def __init__(self, capacity_bytes: int) -> None:
         self.capacity_bytes = capacity_bytes
         self._lock = threading.Lock()
-        self._kv: OrderedDict[str, ChunkKV] = OrderedDict()  # least recently used first
+        self._kv: OrderedDict[str, Held] = OrderedDict()  # least recently used first
         self._num_bytes = 0
 
     @property
@@ -31,14 +43,14 @@ class HostTier:
     def __len__(self) -> int:
         return len(self._kv)
 
-    def get(self, digest: str) -> ChunkKV | None:
+    def get(self, digest: str) -> Held | None:
         with self._lock:
             kv = self._kv.get(digest)
             if kv is not None:
                 self._kv.move_to_end(digest)
             return kv
 
-    def add(self, digest: str, kv: ChunkKV) -> None:
+    def add(self, digest: str, kv: Held) -> None:
         """Keeps `kv`, whose memory must not be part of something larger. An object already here stays the one."""
         if kv.num_bytes > self.capacity_bytes:
             return
@@ -47,9 +59,18 @@ class HostTier:
                 self._kv.move_to_end(digest)
                 return
             while self._num_bytes + kv.num_bytes > self.capacity_bytes:
-                self._num_bytes -= self._kv.popitem(last=False)[1].num_bytes
+                self._evict()
             self._kv[digest] = kv
             self._num_bytes += kv.num_bytes
+
+    def evict(self) -> bool:
+        """Lets the least recently used object go; False where there is none."""
+        with self._lock:
+            return bool(self._kv) and self._evict()
+
+    def _evict(self) -> bool:
+        self._num_bytes -= self._kv.popitem(last=False)[1].num_bytes
+        return True
 
     def discard(self, digest: str) -> None:
         with self._lock:
@@ -66,7 +87,7 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kv: dict[str, ChunkKV] = {}
+        self._kv: dict[str, EncodedKV] = {}
         self._stats = StoreStats()
 
     @property
@@ -74,15 +95,21 @@ class MemoryStore:
         return self._stats
 
     def get(self, spec: KVSpec) -> StoredHit | None:
+        hit = self.recall(spec)
         with self._lock:
-            kv = self._kv.get(spec.digest)
-            self._stats = self._stats.plus(hits_host=int(kv is not None), misses=int(kv is None))
-        return None if kv is None else StoredHit(kv, KVSource.HOST)
+            self._stats = self._stats.plus(misses=int(hit is None))
+        return hit
+
+    def recall(self, spec: KVSpec) -> StoredHit | None:
+        with self._lock:
+            payload = self._kv.get(spec.digest)
+            self._stats = self._stats.plus(hits_host=int(payload is not None))
+        return None if payload is None else StoredHit(payload, KVSource.HOST)
 
     def put(self, spec: KVSpec, kv: ChunkKV) -> None:
-        decoded = StoredObject.encoded(spec, kv).kv
+        payload = StoredObject.encoded(spec, kv).payload.decoded()
         with self._lock:
-            self._kv.setdefault(spec.digest, decoded)
+            self._kv.setdefault(spec.digest, payload)
 
     def contains(self, spec: KVSpec) -> bool:
         return spec.digest in self._kv

@@ -27,7 +27,7 @@ import torch
 
 from fusionrag.errors import StoreError
 from fusionrag.store.base import BadObject
-from fusionrag.store.codec import KVShape, TensorLayout, decode, dtype_named, encode, layout
+from fusionrag.store.codec import EncodedKV, KVShape, TensorLayout, dtype_named, encode, layout
 from fusionrag.types import ChunkKV, KVSpec
 
 FORMAT = "fusionrag-kv/1"
@@ -75,9 +75,9 @@ class StoredObject:
         return cls(spec, _views(data[header_end:], tensors))
 
     @property
-    def kv(self) -> ChunkKV:
-        """Decoded, (L, G, T, D) of the spec's dtype."""
-        return decode(self.tensors, self.spec.codec, dtype_named(self.spec.dtype))
+    def payload(self) -> EncodedKV:
+        """What a request needs of it."""
+        return EncodedKV(self.spec.codec, dtype_named(self.spec.dtype), self.tensors)
 
     def serialized(self) -> list[memoryview]:
         """The bytes of the file, in pieces that are views of the tensors."""

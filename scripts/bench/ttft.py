@@ -21,9 +21,10 @@ import torch
 from tqdm import tqdm
 
 from fusionrag.config import EngineConfig, ModelConfig, PromptConfig, ReuseConfig, StoreConfig
-from fusionrag.engine import Engine, EngineRequest
+from fusionrag.engine import Engine
 from fusionrag.errors import ConfigError
 from fusionrag.layout import naming
+from fusionrag.live_request import EngineRequest
 from fusionrag.model import LanguageModel, load_model, model_path
 from fusionrag.preprocess.job import PreprocessJob
 from fusionrag.prompt import PromptBuilder, Turn

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import uuid
 
-from fusionrag.engine import EngineRequest
+from fusionrag.live_request import EngineRequest
 from fusionrag.rag import Question, Rag, Source, Turn
 from fusionrag.sampling import SamplingParams
 from fusionrag.types import RequestStats

@@ -17,9 +17,10 @@ from multiprocessing import get_context
 import torch
 
 from fusionrag.config import METHODS, EngineConfig, ModelConfig, PromptConfig, ReuseConfig
-from fusionrag.engine import Engine, EngineRequest, Prefilled
+from fusionrag.engine import Engine, Prefilled
 from fusionrag.errors import ConfigError
 from fusionrag.layout import naming
+from fusionrag.live_request import EngineRequest
 from fusionrag.model import LanguageModel, load_model
 from fusionrag.preprocess.job import PreprocessJob
 from fusionrag.prompt import PromptBuilder, Turn

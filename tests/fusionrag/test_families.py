@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fusionrag.attention import IMPLEMENTATION
 from fusionrag.config import ModelConfig
 from fusionrag.errors import ConfigError, ModelError, ModelNotFound, UnsupportedModel
 from fusionrag.model import SUPPORTED, LanguageModel, check_supported, load_model
@@ -213,7 +212,7 @@ def test_a_device_that_is_not_there_is_refused_by_name(device, saved_model):
 
 def test_the_fingerprint_tells_models_apart(make_model, make_hf, make_config, tokenizer, make_tokenizer):
     def built(tokenizer=tokenizer, change=lambda hf: None, **config):
-        hf = make_hf(make_config("llama", **config), IMPLEMENTATION)
+        hf = make_hf(make_config("llama", **config), "eager")
         change(hf)
         return LanguageModel(hf, tokenizer, "x").fingerprint
 

@@ -11,8 +11,9 @@ import torch
 
 from fusionrag.config import EngineConfig, PromptConfig, ReuseConfig
 from fusionrag.default_model import merge_adapter_
-from fusionrag.engine import Engine, EngineRequest
+from fusionrag.engine import Engine
 from fusionrag.layout import naming
+from fusionrag.live_request import EngineRequest
 from fusionrag.preprocess.job import PreprocessJob
 from fusionrag.prompt import PromptBuilder, Turn
 from fusionrag.sampling import SamplingParams

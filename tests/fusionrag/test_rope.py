@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusionrag.arena import KVArena
-from fusionrag.rope import IdentityRotary, Rope
+from fusionrag.rope import Rope
 from fusionrag.stitch import CaptureKV, place_
 from fusionrag.types import ChunkKV, RowGroup, Span
 
@@ -90,11 +90,6 @@ def test_half_precision_keys_are_rotated_in_fp32_and_rounded_once(dtype):
     out = rotated(rope(), x, *at)
     assert out.dtype == dtype
     assert torch.equal(out, rotated(rope(), x.float(), *at).to(dtype))
-
-
-def test_the_identity_rotary_rotates_nothing():
-    cos, sin = IdentityRotary(8)(torch.zeros(1, 5, 48), torch.arange(5)[None])
-    assert cos.shape == (1, 1, 8) and bool((cos == 1).all()) and not sin.any()
 
 
 # --- placing ----------------------------------------------------------------------------------------------------------

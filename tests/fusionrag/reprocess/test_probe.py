@@ -11,6 +11,7 @@ import torch
 from fusionrag.config import ReuseConfig
 from fusionrag.errors import ConfigError
 from fusionrag.layout import stitch_
+from fusionrag.loading import CpuLoader
 from fusionrag.reprocess import probe
 from fusionrag.reprocess.probe import ScoreInputs, attention_mass, parse_layers
 from fusionrag.stitch import CaptureKV
@@ -25,7 +26,9 @@ def lay(bench, *lengths, num_related=1, **reuse):
     engine.arena.allocate(7)  # so that slots are not positions
     span = engine.arena.allocate(plan.num_tokens + 5)
     names, prefix = engine.prefix(plan.prefix.token_ids)
-    stitched = stitch_(bench.model, engine.arena, span, plan, bench.store, names, prefix, config)
+    stitched = stitch_(
+        bench.model, CpuLoader(bench.model, bench.store), engine.arena, span, plan, names, prefix, config
+    )
     return ScoreInputs(bench.model, engine.arena, span, plan, stitched.chunk_of, stitched.candidates, config)
 
 

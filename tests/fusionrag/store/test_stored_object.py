@@ -51,7 +51,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 def test_codec_none_keeps_every_bit(sizes, dtype, kind, prefix_ids, fingerprint, seed):
     spec = KVSpec(fingerprint, dtype, "none", prefix_ids, tuple(range(sizes[2])), kind)
     kv = ChunkKV(random_bits(sizes, DTYPES[dtype], seed), random_bits(sizes, DTYPES[dtype], seed + 1))
-    restored = parse(file_bytes(StoredObject.encoded(spec, kv)), spec).kv
+    restored = parse(file_bytes(StoredObject.encoded(spec, kv)), spec).payload.kv
     assert same_bits(restored.keys, kv.keys) and same_bits(restored.values, kv.values)
 
 
@@ -81,7 +81,7 @@ def test_a_layer_is_one_contiguous_run_of_the_file(make_spec, make_kv):
 def test_a_flipped_bit_in_any_byte_is_noticed(codec, make_spec, make_kv):
     spec = make_spec(codec=codec)
     data = file_bytes(StoredObject.encoded(spec, make_kv(spec, num_layers=1)))
-    assert parse(data, spec).kv.num_tokens == 3
+    assert parse(data, spec).payload.kv.num_tokens == 3
     for place in range(len(data)):
         data[place] ^= 1 << (place % 8)
         with pytest.raises(BadObject):

@@ -1,0 +1,91 @@
+"""The decoder's layers as this engine runs them: the weights are a transformers model's, the loop over them is ours.
+
+Why not the library's own forward: rows must be able to stop at a layer, to wait for a layer's stored KV, to leave the
+last layer early, and to be captured in a CUDA graph; and a pass of few rows must not spend its time on launches. What
+all supported families share – pre-norm, softmax attention with RoPE, a gated MLP or experts – fits one loop; experts
+and every other MLP are called as the library wrote them. `tests/fusionrag/test_families.py` holds every family to the
+logits of stock transformers.
+
+Knows nothing of chunks, requests or stored KV; what attends to what is the `ForwardStep`'s.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import rms_norm
+
+from fusionrag.attention import ForwardStep
+from fusionrag.kernels.swiglu import silu_mul
+
+WINDOW_OF_ALL_LAYERS = ("mistral", "mixtral", "phi3")  # families whose configuration has one window for all layers
+
+
+class DecoderLayer:
+    """One layer's modules and the three functions of hidden states that they make up. hidden: (R, hidden size)."""
+
+    def __init__(self, layer: Any, config: Any) -> None:
+        self._attention, self._mlp = layer.self_attn, layer.mlp
+        self._input_norm, self._mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
+        self._head_dim = self._attention.head_dim
+        self._sizes = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
+        every = config.sliding_window if config.model_type in WINDOW_OF_ALL_LAYERS else None
+        self.window: int | None = getattr(self._attention, "sliding_window", every)
+        self.scaling: float = self._attention.scaling
+        self._is_swiglu = config.hidden_act == "silu" and hasattr(self._mlp, "gate_proj")
+
+    def project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """queries (R, H, D), keys and values (R, G, D), all before rotation."""
+        attention, normed = self._attention, norm(hidden, self._input_norm)
+        if hasattr(attention, "qkv_proj"):
+            projected = attention.qkv_proj(normed).split([n * self._head_dim for n in self._sizes], dim=-1)
+        else:
+            projected = (attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed))
+        queries, keys, values = (p.view(-1, n, self._head_dim) for p, n in zip(projected, self._sizes, strict=True))
+        if hasattr(attention, "q_norm"):
+            queries, keys = norm(queries, attention.q_norm), norm(keys, attention.k_norm)
+        return queries, keys, values
+
+    def finish(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """attended: (R, H, D). The layer's output: both residual branches added to `hidden`."""
+        hidden = hidden + self._attention.o_proj(attended.flatten(1))
+        return hidden + self._run_mlp(norm(hidden, self._mlp_norm))
+
+    def _run_mlp(self, normed: torch.Tensor) -> torch.Tensor:
+        mlp = self._mlp
+        if self._is_swiglu:
+            found: torch.Tensor = mlp.down_proj(silu_mul(mlp.gate_proj(normed), mlp.up_proj(normed)))
+        else:
+            found = mlp(normed[None])[0]
+        return found
+
+
+def norm(x: torch.Tensor, module: Any) -> torch.Tensor:
+    """RMS norm over the last dimension by torch's own operator, which is one kernel on CUDA."""
+    return rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
+
+
+class Decoder:
+    """A transformers decoder (the part without the head), run row by row."""
+
+    def __init__(self, hf: Any, config: Any) -> None:
+        self._embed, self._norm = hf.embed_tokens, hf.norm
+        self.layers = [DecoderLayer(layer, config) for layer in hf.layers]
+
+    def forward(self, token_ids: torch.Tensor, step: ForwardStep) -> torch.Tensor:
+        """token_ids: (R,). Returns the normed hidden states (W, hidden size) of the step's wanted rows, in order.
+
+        Rows that nobody wants leave after the last layer's keys and values are written: nothing later reads them.
+        """
+        hidden = self._embed(token_ids)
+        last = len(self.layers) - 1
+        for i, layer in enumerate(self.layers):
+            queries, keys, values = layer.project(hidden)
+            queries = step.write(i, queries, keys, values)
+            if i == last:
+                hidden, queries, step = hidden[step.wanted], queries[step.wanted], step.of_wanted()
+                if not len(hidden):
+                    break
+            hidden = layer.finish(hidden, step.attend(i, queries, layer.scaling, layer.window))
+        return norm(hidden, self._norm)

@@ -1,0 +1,198 @@
+"""Bringing stored KV into a request's span.
+
+On the CPU: rotated and written at once. On a GPU: copied over the link on a stream of its own, a few layers of all
+chunks at a time, while the passes that need it are already queued and wait for their layer only; what is on the device
+already is not copied. Knows nothing of prompts or of what is recomputed.
+
+Invariants: what is in the span afterwards is the same whichever way it came; stored KV is never written to (I4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from fusionrag.arena import KVArena
+from fusionrag.kernels.load import ChunkBytes, load_, load_table
+from fusionrag.model import LanguageModel
+from fusionrag.stitch import place_
+from fusionrag.store.base import KVStore, StoredHit
+from fusionrag.store.codec import EncodedKV
+from fusionrag.store.device import DeviceKV, DeviceTier
+from fusionrag.types import KVArrival, KVSource, KVSpec, Span
+
+NUM_READERS = 8  # files read at the same time: one does not fill a drive
+LAYERS_AT_ONCE = 4  # per copy: large enough for the link's full speed, small enough to begin early
+
+
+@dataclass(frozen=True)
+class Found:
+    """Stored KV that may stand for a chunk, and where it was."""
+
+    spec: KVSpec
+    source: KVSource
+    payload: EncodedKV | DeviceKV
+
+
+@dataclass(frozen=True)
+class Piece:
+    """KV that belongs at positions `[position, position + T)` of a span."""
+
+    position: int
+    payload: EncodedKV | DeviceKV
+    digest: str | None = None  # its name in the store, where it has one
+
+
+class Loader(Protocol):
+    """Finds stored KV and brings it into spans. Belongs to the engine's thread."""
+
+    def find(self, candidates: Sequence[Sequence[KVSpec]]) -> Iterator[Found | None]:
+        """For each chunk the first of its candidates that is stored, or None; in order, read ahead from disk."""
+        ...
+
+    def place_(self, arena: KVArena, span: Span, pieces: Sequence[Piece]) -> KVArrival | None:
+        """Writes all pieces into the span. None: they are there; else what to wait for."""
+        ...
+
+
+def make_loader(model: LanguageModel, store: KVStore, device_tier_bytes: int) -> Loader:
+    if model.device.type == "cuda":
+        return GpuLoader(model, store, device_tier_bytes)
+    return CpuLoader(model, store)
+
+
+class _Finder:
+    """What both loaders share: looking in memory first, then reading several files at a time."""
+
+    def __init__(self, store: KVStore) -> None:
+        self._store = store
+        self._pool = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="kv-reader")
+
+    def find(self, candidates: Sequence[Sequence[KVSpec]]) -> Iterator[Found | None]:
+        found: list[Found | Future[Found | None] | None] = []
+        for specs in candidates:
+            held = self._held(specs[0])
+            found.append(held if held is not None else self._pool.submit(self._search, specs))
+        for item in found:
+            yield item.result() if isinstance(item, Future) else item
+
+    def _held(self, spec: KVSpec) -> Found | None:
+        """What can be had without touching the disk."""
+        hit = self._store.recall(spec)
+        return None if hit is None else Found(spec, hit.source, hit.payload)
+
+    def _search(self, specs: Sequence[KVSpec]) -> Found | None:
+        for spec in specs:
+            hit: StoredHit | None = self._store.get(spec)
+            if hit is not None:
+                return Found(spec, hit.source, hit.payload)
+        return None
+
+
+class CpuLoader(_Finder):
+    """Everything is in place when `place_` returns."""
+
+    def __init__(self, model: LanguageModel, store: KVStore) -> None:
+        super().__init__(store)
+        self._rope = model.rope
+
+    def place_(self, arena: KVArena, span: Span, pieces: Sequence[Piece]) -> None:
+        for piece in pieces:
+            assert isinstance(piece.payload, EncodedKV)
+            place_(arena, self._rope, span, piece.position, piece.payload.kv)
+
+
+@dataclass(frozen=True)
+class LayerArrival:
+    """KV on its way over the link. `held`: memory that the queued copies read or write."""
+
+    events: tuple[torch.cuda.Event, ...]  # of LAYERS_AT_ONCE layers each
+    begin: torch.cuda.Event
+    held: tuple[object, ...]
+
+    def wait(self, layer: int) -> None:
+        torch.cuda.current_stream().wait_event(self.events[layer // LAYERS_AT_ONCE])
+
+    def wait_for_all(self) -> None:
+        torch.cuda.current_stream().wait_event(self.events[-1])
+
+    @property
+    def elapsed_ms(self) -> float:
+        """From the first copy to the last layer in place; only once the device is done with it."""
+        return float(self.begin.elapsed_time(self.events[-1]))
+
+
+class GpuLoader(_Finder):
+    """Copies on one stream, de-quantising, rotating and scattering on another, passes on the caller's."""
+
+    def __init__(self, model: LanguageModel, store: KVStore, device_tier_bytes: int) -> None:
+        super().__init__(store)
+        self._model = model
+        self._tier = DeviceTier(device_tier_bytes, model.device)
+        self._copies = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
+        self._placing = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
+
+    def _held(self, spec: KVSpec) -> Found | None:
+        resident = self._tier.get(spec.digest)
+        return super()._held(spec) if resident is None else Found(spec, KVSource.DEVICE, resident)
+
+    def place_(self, arena: KVArena, span: Span, pieces: Sequence[Piece]) -> LayerArrival:
+        self._placing.wait_stream(torch.cuda.current_stream())  # passes still queued may use these slots
+        self._copies.wait_stream(self._placing)  # and placing still queued may read these bytes
+        begin = _event()
+        begin.record(self._copies)
+        resident = self._reserve(pieces)
+        events = []
+        for first in range(0, self._model.shape.num_layers, LAYERS_AT_ONCE):
+            layers = slice(first, min(first + LAYERS_AT_ONCE, self._model.shape.num_layers))
+            with torch.cuda.stream(self._copies):
+                for piece, kv in zip(pieces, resident, strict=True):
+                    if isinstance(piece.payload, EncodedKV):
+                        kv.copy_layers_(piece.payload, layers)
+            self._placing.wait_stream(self._copies)
+            with torch.cuda.stream(self._placing):
+                self._place_layers_(arena, span, pieces, resident, layers)
+                event = _event()
+                event.record()
+            events.append(event)
+        return LayerArrival(tuple(events), begin, (tuple(resident), tuple(p.payload for p in pieces)))
+
+    def _reserve(self, pieces: Sequence[Piece]) -> list[DeviceKV]:
+        """Each piece's place on the device, its bytes still to come where they are not there."""
+        absent = [(p.payload, p.digest) for p in pieces if isinstance(p.payload, EncodedKV)]
+        with torch.cuda.stream(self._copies):
+            reserved = iter(self._tier.reserve(absent))
+        return [p.payload if isinstance(p.payload, DeviceKV) else next(reserved) for p in pieces]
+
+    def _place_layers_(
+        self, arena: KVArena, span: Span, pieces: Sequence[Piece], resident: Sequence[DeviceKV], layers: slice
+    ) -> None:
+        """One launch for each kind of bytes and each buffer that they lie in; as a rule that is one."""
+        groups: dict[tuple[int, str, torch.dtype], list[tuple[Piece, DeviceKV]]] = {}
+        for piece, kv in zip(pieces, resident, strict=True):
+            groups.setdefault((kv.buffer.data_ptr(), kv.codec, kv.dtype), []).append((piece, kv))
+        for (_, codec, dtype), members in groups.items():
+            rows = []
+            for piece, kv in members:
+                at = kv.offsets(layers.start)
+                slot = span.start + piece.position
+                rows.append(ChunkBytes(at.kv, at.key_scales, at.value_scales, kv.num_tokens, slot, piece.position))
+            load_(
+                members[0][1].buffer,
+                load_table(rows, self._model.device),
+                max(kv.num_tokens for _, kv in members),
+                codec,
+                dtype,
+                self._model.rope.inv_freq,
+                self._model.rope.scaling,
+                arena.keys[layers],
+                arena.values[layers],
+            )
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

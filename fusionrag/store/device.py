@@ -1,0 +1,130 @@
+"""Stored KV in device memory: what was used last stays there, so that hot chunks do not cross the link again.
+
+One buffer, blocks given out first fit: kernels then take many chunks from one base address in one launch. A chunk that
+finds no room gets memory of its own for as long as it is held. Knows nothing of requests.
+
+Invariant: bytes of a block are given out again only when nobody holds its `DeviceKV` any more.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from math import prod
+
+import torch
+
+from fusionrag.arena import FreeList
+from fusionrag.store.codec import EncodedKV, TensorLayout
+from fusionrag.types import Span
+
+ALIGNMENT = 256  # of every tensor: the widest loads of a kernel want 16
+
+
+@dataclass(frozen=True)
+class Offsets:
+    """Bytes from the start of the buffer to one layer of each tensor; 0 where the codec has no scales."""
+
+    kv: int
+    key_scales: int = 0
+    value_scales: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceKV:
+    """One chunk's encoded KV at `start` of a device buffer; tensors as `codec.layout` names them, each aligned."""
+
+    buffer: torch.Tensor  # uint8 (n,)
+    start: int
+    codec: str
+    dtype: torch.dtype
+    tensors: tuple[TensorLayout, ...]
+
+    @cached_property
+    def _starts(self) -> Mapping[str, int]:
+        """Byte at which each tensor begins in the buffer."""
+        sizes = [_aligned(prod(t.shape) * t.dtype.itemsize) for t in self.tensors]
+        starts = accumulate(sizes, initial=self.start)
+        return {t.name: start for t, start in zip(self.tensors, starts, strict=False)}
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tensors[-1].shape[3]
+
+    def offsets(self, layer: int) -> Offsets:
+        """Where layer `layer` begins."""
+        return Offsets(**{t.name: self._starts[t.name] + layer * _layer_bytes(t) for t in self.tensors})
+
+    def copy_layers_(self, payload: EncodedKV, layers: slice) -> None:
+        """Queues the copy of these layers from host memory on the current stream."""
+        for tensor in self.tensors:
+            begin = self._starts[tensor.name] + layers.start * _layer_bytes(tensor)
+            stop = self._starts[tensor.name] + layers.stop * _layer_bytes(tensor)
+            source = payload.tensors[tensor.name][layers].reshape(-1).view(torch.uint8)
+            self.buffer[begin:stop].copy_(source, non_blocking=True)
+
+
+class DeviceTier:
+    """At most `capacity_bytes`, least recently used out first. One thread."""
+
+    def __init__(self, capacity_bytes: int, device: torch.device) -> None:
+        self._buffer = torch.empty(capacity_bytes, dtype=torch.uint8, device=device)
+        self._free = FreeList(capacity_bytes)
+        self._kept: OrderedDict[str, DeviceKV] = OrderedDict()  # least recently used first
+
+    @property
+    def num_free(self) -> int:
+        return self._free.num_free
+
+    def get(self, digest: str) -> DeviceKV | None:
+        kv = self._kept.get(digest)
+        if kv is not None:
+            self._kept.move_to_end(digest)
+        return kv
+
+    def discard(self, digest: str) -> None:
+        self._kept.pop(digest, None)
+
+    def reserve(self, payloads: Sequence[tuple[EncodedKV, str | None]]) -> list[DeviceKV]:
+        """Room for each payload, whose bytes the caller copies before anybody else asks; kept under its digest, if any.
+
+        What finds no room here shares one buffer of its own, for as long as it is held.
+        """
+        sizes = [sum(_aligned(t.nbytes) for t in payload.tensors.values()) for payload, _ in payloads]
+        spans = [self._room(size) for size in sizes]
+        overflow = sum(size for size, span in zip(sizes, spans, strict=True) if span is None)
+        own = torch.empty(overflow, dtype=torch.uint8, device=self._buffer.device)
+        reserved, at = [], 0
+        for (payload, digest), size, span in zip(payloads, sizes, spans, strict=True):
+            tensors = tuple(TensorLayout(name, t.dtype, tuple(t.shape)) for name, t in payload.tensors.items())
+            buffer, start = (own, at) if span is None else (self._buffer, span.start)
+            kv = DeviceKV(buffer, start, payload.codec, payload.dtype, tensors)
+            reserved.append(kv)
+            if span is None:
+                at += size
+            else:
+                weakref.finalize(kv, self._free.free, span).atexit = False
+                if digest is not None:
+                    self._kept[digest] = kv
+        return reserved
+
+    def _room(self, num_bytes: int) -> Span | None:
+        if num_bytes > self._free.capacity:
+            return None
+        while (span := self._free.allocate(num_bytes)) is None:
+            if not self._kept:
+                return None
+            self._kept.popitem(last=False)
+        return span
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def _layer_bytes(tensor: TensorLayout) -> int:
+    return prod(tensor.shape[1:]) * tensor.dtype.itemsize
