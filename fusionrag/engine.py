@@ -240,7 +240,7 @@ class Engine:
         )
         selection = choose(inputs, stitched.num_reused)
         selected = selection.positions
-        live.observer = correction(self.model, self.arena, plan, selected, reuse.correction)
+        live.observer = correction(self.model, self.arena, plan, stitched.chunk_of, selected, reuse.correction)
         live.pending, live.stitched = recompute_positions(plan, selected), None
         live.choose(stitched, selected)
         live.time("recompute_ms", live.prefill_begin, selection.begin)  # computing missing chunks in place

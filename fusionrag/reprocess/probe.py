@@ -20,6 +20,9 @@ from fusionrag.arena import KVArena
 from fusionrag.attention import StopForward
 from fusionrag.config import ReuseConfig
 from fusionrag.errors import ConfigError
+from fusionrag.kernels.importance import attention_mass
+from fusionrag.kernels.row_plan import RequestRows, RowPlan, plan_rows
+from fusionrag.kernels.rows_attention import rows_attention
 from fusionrag.model import LanguageModel
 from fusionrag.types import KVArrival, PromptPlan, RowGroup, Span
 
@@ -149,34 +152,35 @@ class _AttentionProbe(_Probe):
     def __init__(self, inputs: ScoreInputs, layers: frozenset[int]) -> None:
         super().__init__(inputs)
         self.layers = layers
+        self._rows: RowPlan | None = None  # planned at the first probed layer
 
     def after_write(self, layer: int, group: RowGroup, queries: torch.Tensor) -> None:
         if layer in self.layers:
-            first, last = self.inputs.probe_rows
-            begin = self.inputs.plan.tail.start
-            keys, _ = self.inputs.arena.view(layer, group.span)
-            mass = attention_mass(queries[:, first - begin : last - begin], keys[:, :last], first)
+            last = self.inputs.probe_rows[1]
+            mass = self._mass(layer, group, queries.transpose(0, 1))
             if self.inputs.config.normalize_layers:
                 mass = mass / mass[self.inputs.candidates].sum().clamp(min=1e-20)
             self.importance[:last] += mass / len(self.layers)
         if layer == max(self.layers):
             raise StopForward
 
+    def _mass(self, layer: int, group: RowGroup, queries: torch.Tensor) -> torch.Tensor:
+        """queries (R, H, D) of the tail → (last,) attention that each position receives from the probing rows."""
+        (first, last), begin = self.inputs.probe_rows, self.inputs.plan.tail.start
+        arena, scaling = self.inputs.arena, queries.shape[2] ** -0.5
+        if self._rows is None:
+            self._rows = self._plan(group, queries.dtype)
+        lse = None
+        if self._rows.tiles is not None:  # the kernel wants every row's softmax sum, which attention gives
+            lse = torch.empty(queries.shape[:2], dtype=torch.float32, device=queries.device)
+            rows_attention(queries, arena.keys[layer], arena.values[layer], self._rows, scaling, lse=lse)
+        return attention_mass(queries, arena.keys[layer], self._rows, (first - begin, last - begin), last, scaling, lse)
 
-def attention_mass(queries: torch.Tensor, keys: torch.Tensor, first_position: int) -> torch.Tensor:
-    """Σ over heads and rows of softmax(queries·keysᵀ/√D), causal: (N,) fp32.
-
-    queries (H, R, D) at positions `first_position + i`; keys (G, N, D), slot = position. Softmax in fp32.
-    """
-    num_heads, num_rows, head_dim = queries.shape
-    num_kv_heads, num_keys, _ = keys.shape
-    grouped = queries.reshape(num_kv_heads, -1, head_dim)  # (G, H/G * R, D)
-    scores = torch.matmul(grouped, keys.transpose(1, 2)).float() * head_dim**-0.5
-    scores = scores.view(num_heads, num_rows, num_keys)
-    own = torch.arange(first_position, first_position + num_rows, device=keys.device)
-    hidden = torch.arange(num_keys, device=keys.device)[None, :] > own[:, None]
-    mass: torch.Tensor = scores.masked_fill_(hidden, float("-inf")).softmax(-1).sum((0, 1))
-    return mass
+    def _plan(self, group: RowGroup, dtype: torch.dtype) -> RowPlan:
+        shape, span = self.inputs.model.shape, group.span
+        rows = [RequestRows(0, group.num_rows, span.start, span.length)]
+        slots = group.positions + span.start
+        return plan_rows(group.positions, slots, rows, shape.num_heads, shape.num_kv_heads, shape.head_dim, dtype)
 
 
 class _CanonicalProbe(_Probe):

@@ -21,9 +21,14 @@ def recompute_positions(plan: PromptPlan, selected: torch.Tensor) -> torch.Tenso
 
 
 def correction(
-    model: LanguageModel, arena: KVArena, plan: PromptPlan, selected: torch.Tensor, weight: float
+    model: LanguageModel,
+    arena: KVArena,
+    plan: PromptPlan,
+    chunk_of: torch.Tensor,
+    selected: torch.Tensor,
+    weight: float,
 ) -> AttentionObserver | None:
     """The observer that corrects the tokens left alone during the recompute pass, or None when there is none to do."""
     if weight == 0 or len(selected) == 0:
         return None
-    return MeanResidual(arena, model.rope, plan, selected, weight)
+    return MeanResidual(arena, model.rope, plan, chunk_of, selected, weight)
