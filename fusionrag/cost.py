@@ -22,6 +22,13 @@ _MIN_ROWS = 128  # shorter passes spend their time on overhead, not on FLOPs
 _NEW_SHARE = 0.2  # weight of the latest pass in the moving average
 
 
+def pass_flops(model: LanguageModel, num_rows: int, mean_visible: float) -> float:
+    """FLOPs of `num_rows` rows that see `mean_visible` slots each, on average."""
+    shape = model.shape
+    attention = 4 * shape.num_layers * shape.num_heads * shape.head_dim * mean_visible
+    return (2 * model.num_active_parameters + attention) * num_rows
+
+
 class PrefillClock:
     """Predicts prefill times from the passes that it is shown. Belongs to the engine's thread."""
 
@@ -31,10 +38,7 @@ class PrefillClock:
 
     def flops(self, first: int, stop: int) -> float:
         """FLOPs of the rows at positions [first, stop), each seeing all positions up to its own."""
-        shape, num_rows = self._model.shape, stop - first
-        visible = num_rows * (first + stop + 1) / 2
-        attention = 4 * shape.num_layers * shape.num_heads * shape.head_dim * visible
-        return 2 * self._model.num_active_parameters * num_rows + attention
+        return pass_flops(self._model, stop - first, (first + stop + 1) / 2)
 
     def observe(self, groups: list[RowGroup], elapsed_s: float) -> None:
         """Takes a pass into account if its rows are dense: scattered rows run at another rate."""
