@@ -17,7 +17,6 @@ from fusionrag.arena import KVArena
 from fusionrag.kernels.prepare_rows import prepare_rows_
 from fusionrag.kernels.row_plan import RequestRows, RowPlan, plan_rows
 from fusionrag.kernels.rows_attention import rows_attention
-from fusionrag.rope import Rope
 from fusionrag.types import RowGroup
 
 
@@ -39,12 +38,6 @@ class ForwardStep:
     cos: torch.Tensor
     sin: torch.Tensor
     plans: dict[int | None, RowPlan] = field(default_factory=dict)  # by window, made at the first layer that has it
-
-    @classmethod
-    def of(cls, groups: tuple[RowGroup, ...], arena: KVArena, rope: Rope) -> ForwardStep:
-        positions = torch.cat([g.positions for g in groups])
-        slots = torch.cat([g.positions + g.span.start for g in groups])
-        return cls(groups, arena, positions, slots, *rope.tables(positions))
 
     def write(self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Keys, rotated, and values go to their slots; the groups' observers see it. Returns the rotated queries.

@@ -24,6 +24,7 @@ from fusionrag.clock import Mark
 from fusionrag.config import EngineConfig
 from fusionrag.cost import PrefillClock
 from fusionrag.errors import FusionRAGError, PromptTooLong, QueueFull
+from fusionrag.graphs import DecodeGraphs
 from fusionrag.layout import Naming, compute_prefix, naming, stitch_
 from fusionrag.live_request import EngineRequest, LiveRequest
 from fusionrag.loading import make_loader
@@ -71,6 +72,7 @@ class Engine:
         self.model, self.store, self.config = model, store, config
         self._loader = make_loader(model, store, device_tier_bytes)
         self.arena = model.new_arena(config.num_slots(model.max_model_len))
+        self._graphs = DecodeGraphs(model, self.arena)
         self._kv_codec = kv_codec
         self._clock = PrefillClock(model)
         self._prefixes: dict[tuple[int, ...], tuple[Naming, ChunkKV]] = {}
@@ -130,7 +132,7 @@ class Engine:
         groups = [_live(share).take(share.num_rows) for share in shares]
         begin = time.perf_counter()
         try:
-            logits = self.model.forward(groups, self.arena)
+            logits = self._forward(groups)
         except Exception as error:  # every request of this pass is lost, the engine is not
             log.exception("forward pass of %d requests failed", len(shares))
             self._num_failed += 1
@@ -146,6 +148,10 @@ class Engine:
             if event is not None:
                 events.append(event)
         return events
+
+    def _forward(self, groups: list[RowGroup]) -> torch.Tensor:
+        logits = self._graphs.run(groups)
+        return self.model.forward(groups, self.arena) if logits is None else logits
 
     def generate(self, request: EngineRequest) -> list[TokenEvent]:
         """Runs one request to its end, for commands and tests. Raises what made it fail."""

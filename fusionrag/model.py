@@ -82,9 +82,22 @@ class LanguageModel:
 
         Returns fp32 logits (Σ num_logits, V): for each group in order, of its last `num_logits` rows.
         """
-        step = ForwardStep.of(tuple(groups), arena, self.rope)
-        hidden = self._decoder.forward(torch.cat([g.token_ids for g in groups]), step)
-        logits: torch.Tensor = self._head(hidden).float()
+        positions = torch.cat([g.positions for g in groups])
+        slots = torch.cat([g.positions + g.span.start for g in groups])
+        return self.forward_rows(groups, arena, torch.cat([g.token_ids for g in groups]), positions, slots)
+
+    @torch.inference_mode()
+    def forward_rows(
+        self,
+        groups: Sequence[RowGroup],
+        arena: KVArena,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> torch.Tensor:
+        """`forward` of rows that are spelled out already. token_ids, positions, slots: (R,) int64, on the device."""
+        step = ForwardStep(tuple(groups), arena, positions, slots, *self.rope.tables(positions))
+        logits: torch.Tensor = self._head(self._decoder.forward(token_ids, step)).float()
         return logits
 
     def rows(self, token_ids: Sequence[int], first_position: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,6 +109,12 @@ class LanguageModel:
         """Waits until queued device work is done, so that a phase's time is its own."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether rows meet only some of the weights (mixture of experts)."""
+        config = self._hf.config
+        return bool(getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None))
 
     @cached_property
     def num_active_parameters(self) -> int:
