@@ -158,6 +158,9 @@ class EngineConfig:
         0, "slots of the KV arena shared by all live requests; 0: four times max_model_len, at most 65536"
     )
     max_batch_tokens: int = knob(1024, "rows of one forward pass; longer prefills are split over several steps")
+    route: str = knob(
+        "auto", "auto: full prefill instead of reuse where it is predicted to be faster; reuse: always as asked"
+    )
     max_num_requests: int = knob(16, "requests that run at the same time")
     max_queue: int = knob(256, "requests that may wait; one more is refused")
     background_share: float = knob(
@@ -170,6 +173,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         require(self.max_batch_tokens >= 16, "max_batch_tokens", "must be at least 16")
         require(self.max_num_requests >= 1, "max_num_requests", "must be at least 1")
+        require(self.route in ("auto", "reuse"), "route", f"must be 'auto' or 'reuse', got {self.route!r}")
         require(self.max_queue >= 0, "max_queue", "must not be negative")
         require(0 <= self.background_share <= 0.9, "background_share", "must lie in [0, 0.9]")
         require(self.background_tokens >= 16, "background_tokens", "must be at least 16")

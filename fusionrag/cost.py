@@ -46,8 +46,7 @@ class PrefillClock:
         if not is_dense or sum(g.num_rows for g in groups) < _MIN_ROWS or elapsed_s <= 0:
             return
         done = sum(self.flops(int(g.positions[0]), g.last_position + 1) for g in groups)
-        rate, old = done / elapsed_s, self._flops_per_second
-        self._flops_per_second = rate if old is None else old + _NEW_SHARE * (rate - old)
+        self._mix(done / elapsed_s)
 
     @torch.inference_mode()
     def calibrate(self, arena: KVArena) -> None:
@@ -63,6 +62,19 @@ class PrefillClock:
 
     def prefill_ms(self, num_tokens: int) -> float | None:
         """Milliseconds that a full prefill of so many tokens would take; None before any pass was measured."""
+        return self.range_ms(0, num_tokens)
+
+    def range_ms(self, first: int, stop: int) -> float | None:
+        """The same for the rows at positions [first, stop) alone."""
         if self._flops_per_second is None:
             return None
-        return self.flops(0, num_tokens) / self._flops_per_second * 1e3
+        return self.flops(first, stop) / self._flops_per_second * 1e3
+
+    def observe_prefill(self, num_tokens: int, elapsed_ms: float) -> None:
+        """Takes a full prefill into account whose time is known by now."""
+        if num_tokens >= _MIN_ROWS and elapsed_ms > 0:
+            self._mix(self.flops(0, num_tokens) / elapsed_ms * 1e3)
+
+    def _mix(self, rate: float) -> None:
+        old = self._flops_per_second
+        self._flops_per_second = rate if old is None else old + _NEW_SHARE * (rate - old)

@@ -25,13 +25,14 @@ from fusionrag.config import EngineConfig
 from fusionrag.cost import PrefillClock
 from fusionrag.errors import FusionRAGError, PromptTooLong, QueueFull
 from fusionrag.graphs import DecodeGraphs
-from fusionrag.layout import Naming, compute_prefix, naming, stitch_
+from fusionrag.layout import Naming, compute_prefix, naming, plan_candidates, stitch_
 from fusionrag.live_request import EngineRequest, LiveRequest
 from fusionrag.loading import make_loader
 from fusionrag.model import LanguageModel
 from fusionrag.reprocess.probe import ScoreInputs
 from fusionrag.reprocess.recompute import correction, recompute_positions
 from fusionrag.reprocess.select import choose
+from fusionrag.router import AS_ASKED, Router, Way
 from fusionrag.scheduler import Share, pack
 from fusionrag.store.base import KVStore
 from fusionrag.types import (
@@ -75,6 +76,7 @@ class Engine:
         self._graphs = DecodeGraphs(model, self.arena)
         self._kv_codec = kv_codec
         self._clock = PrefillClock(model)
+        self._router = Router(model, self._clock)
         self._prefixes: dict[tuple[int, ...], tuple[Naming, ChunkKV]] = {}
         self._waiting: deque[EngineRequest] = deque()
         self._live: list[LiveRequest] = []
@@ -205,6 +207,7 @@ class Engine:
             waited_ms = (time.perf_counter() - request.arrival) * 1e3
             live.note(queue_ms=max(0.0, waited_ms - request.retrieve_ms), retrieve_ms=request.retrieve_ms)
             self._live.append(live)
+            live.ran_alone = len(self._live) == 1
             try:
                 self._begin(live)
             except Exception as error:  # this request is lost, the others are not
@@ -215,18 +218,31 @@ class Engine:
         """Stitches stored KV in, unless everything is computed anyway (ratio 1 never looks at the store)."""
         plan, reuse = live.plan, live.request.reuse
         if reuse.effective_ratio >= 1 or not plan.prefix.token_ids:
-            live.pending = torch.arange(plan.num_tokens, device=self.model.device)
-            live.stats = replace(live.stats, computed_tokens=plan.num_tokens)
-            live.prefill_begin = Mark.now(self.model.device)
+            self._prefill(live)
             return
+        live.went(AS_ASKED)
         names, prefix = self.prefix(plan.prefix.token_ids)
-        names = replace(names, owner=live.request.owner)
-        stitched = stitch_(self.model, self._loader, self.arena, live.span, plan, names, prefix, reuse)
+        candidates = plan_candidates(replace(names, owner=live.request.owner), plan, reuse)
+        if self.config.route == "auto":
+            route = self._router.choose(plan, self._loader.locate(candidates), reuse.effective_ratio)
+            live.went(route)
+            if route.way is Way.FULL:
+                self._prefill(live)
+                return
+            if route.way is Way.PREFIX:
+                candidates = candidates[:1]
+        stitched = stitch_(self.model, self._loader, self.arena, live.span, plan, candidates, prefix)
         live.note(load_ms=stitched.load_ms, reposition_ms=stitched.reposition_ms)
         live.stitched, live.pending, live.arrival = stitched, stitched.missing, stitched.arrival
         live.prefill_begin = Mark.now(self.model.device)
         if not live.num_pending:
             self._select(live)
+
+    def _prefill(self, live: LiveRequest) -> None:
+        """Queues every token of the prompt."""
+        live.pending = torch.arange(live.plan.num_tokens, device=self.model.device)
+        live.stats = replace(live.stats, computed_tokens=live.plan.num_tokens)
+        live.prefill_begin = Mark.now(self.model.device)
 
     def _select(self, live: LiveRequest) -> None:
         """All chunks are in the span: decides which tokens are run again, and queues them and the tail."""
@@ -280,6 +296,7 @@ class Engine:
             self.model.synchronize()  # the device is done but for the last mark
             live.settle()
             live.stats = replace(live.stats, ttft_ms=ttft_ms, predicted_full_ms=self._predicted_full_ms(live))
+            self._learn(live)
             live.observer, live.is_decoding = None, True
         finish: FinishReason | None = step.finished
         text = step.text
@@ -291,6 +308,15 @@ class Engine:
             self._release(live)
         stats = live.stats if is_first or finish else None
         return TokenEvent(live.request.request_id, text, token_id, finish, stats)
+
+    def _learn(self, live: LiveRequest) -> None:
+        """From a request that nothing else slowed down."""
+        if not live.ran_alone or len(self._live) > 1:
+            return
+        if live.stats.way == Way.REUSE.value:
+            self._router.observe(live.plan, live.stats)
+        elif live.stats.way == Way.FULL.value and self.model.device.type != "cpu":  # there passes are timed one by one
+            self._clock.observe_prefill(live.plan.num_tokens, live.stats.phases.recompute_ms)
 
     def _predicted_full_ms(self, live: LiveRequest) -> float | None:
         """Time to first token of full prefill: what this request waited, and a dense pass over its prompt."""

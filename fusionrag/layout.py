@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 
@@ -63,6 +64,12 @@ class Naming:
         return (self.spec(chunk.token_ids, "fused", chunk.related), raw)
 
 
+def plan_candidates(names: Naming, plan: PromptPlan, config: ReuseConfig) -> list[tuple[KVSpec, ...]]:
+    """For each chunk of the plan, the objects that may stand for it, best first."""
+    chunks = [s.chunk for s in plan.chunks if s.chunk is not None]
+    return [names.candidates(chunk, i == 0, config.first_chunk_raw) for i, chunk in enumerate(chunks)]
+
+
 def naming(model: LanguageModel, codec: str, prefix_ids: tuple[int, ...], owner: str = "") -> Naming:
     return Naming(model.fingerprint, str(model.dtype).removeprefix("torch."), codec, prefix_ids, owner)
 
@@ -102,20 +109,19 @@ def stitch_(
     arena: KVArena,
     span: Span,
     plan: PromptPlan,
-    names: Naming,
+    candidates: Sequence[Sequence[KVSpec]],
     prefix: ChunkKV,
-    config: ReuseConfig,
 ) -> Stitched:
-    """Finds what is stored for the plan's chunks and brings it, re-positioned, into the span."""
+    """Finds what is stored for the plan's chunks and brings it, re-positioned, into the span.
+
+    candidates: for each chunk the objects that may stand for it, best first; chunks behind the last are left missing.
+    """
     begin = time.perf_counter()
-    candidates = [
-        names.candidates(s.chunk, i == 0, config.first_chunk_raw) for i, s in enumerate(plan.chunks) if s.chunk
-    ]
     pieces, receipts = [Piece(0, EncodedKV.plain(prefix))], list[ChunkReceipt]()
     missing, reused = list[Segment](), list[Segment]()
-    for i, (segment, found) in enumerate(zip(plan.chunks, loader.find(candidates), strict=True)):
+    for i, (segment, found) in enumerate(zip_longest(plan.chunks, loader.find(candidates))):
         assert segment.chunk is not None
-        kind: KVKind = candidates[i][-1].kind if found is None else found.spec.kind
+        kind: KVKind = "raw" if found is None else found.spec.kind
         source = KVSource.COMPUTED if found is None else found.source
         receipts.append(ChunkReceipt(segment.chunk.chunk_id, segment.num_tokens, source, kind))
         if found is None:

@@ -16,6 +16,7 @@ from fusionrag.clock import Mark
 from fusionrag.config import ReuseConfig
 from fusionrag.layout import Stitched
 from fusionrag.model import LanguageModel, upload
+from fusionrag.router import Route
 from fusionrag.sampling import Sampler, SamplingParams, TextStream
 from fusionrag.types import AttentionObserver, KVArrival, PromptPlan, RequestStats, RowGroup, Span
 
@@ -47,6 +48,7 @@ class LiveRequest:
         self.stitched: Stitched | None = None  # until its tokens are selected
         self.arrival: KVArrival | None = None  # until its first token
         self.is_decoding = False
+        self.ran_alone = False  # when it began
         self.num_generated = 0
         self.prefill_begin = Mark.now(model.device)
         self.stats = RequestStats(prompt_tokens=request.plan.num_tokens)
@@ -83,6 +85,11 @@ class LiveRequest:
 
     def note(self, **elapsed_ms: float) -> None:
         self.stats = replace(self.stats, phases=self.stats.phases.plus(**elapsed_ms))
+
+    def went(self, route: Route) -> None:
+        """The way that it goes to its first token; full prefill unless said otherwise."""
+        predicted = route.predicted_ms.get(route.way)
+        self.stats = replace(self.stats, way=route.way.value, predicted_ms=predicted)
 
     def time(self, phase: str, begin: Mark, end: Mark) -> None:
         """Adds the time between two moments to a phase as soon as it can be read."""

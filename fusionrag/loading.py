@@ -50,6 +50,10 @@ class Piece:
 class Loader(Protocol):
     """Finds stored KV and brings it into spans. Belongs to the engine's thread."""
 
+    def locate(self, candidates: Sequence[Sequence[KVSpec]]) -> list[KVSource | None]:
+        """For each chunk the tier that its KV would come from, without bringing it; None: it is not stored."""
+        ...
+
     def find(self, candidates: Sequence[Sequence[KVSpec]]) -> Iterator[Found | None]:
         """For each chunk the first of its candidates that is stored, or None; in order, read ahead from disk."""
         ...
@@ -71,6 +75,15 @@ class _Finder:
     def __init__(self, store: KVStore) -> None:
         self._store = store
         self._pool = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="kv-reader")
+
+    def locate(self, candidates: Sequence[Sequence[KVSpec]]) -> list[KVSource | None]:
+        return [self._tier_of(specs) for specs in candidates]
+
+    def _tier_of(self, specs: Sequence[KVSpec]) -> KVSource | None:
+        held = self._held(specs[0])
+        if held is not None:
+            return held.source
+        return KVSource.DISK if any(self._store.contains(spec) for spec in specs) else None
 
     def find(self, candidates: Sequence[Sequence[KVSpec]]) -> Iterator[Found | None]:
         found: list[Found | Future[Found | None] | None] = []

@@ -258,6 +258,8 @@ class RequestStats:
     computed_tokens: int = 0  # tokens without stored KV (tail, missing chunks, full prefill)
     completion_tokens: int = 0
     ttft_ms: float = 0.0
+    way: str = "full"  # how its first token was got: full, prefix or reuse (see `fusionrag.router`)
+    predicted_ms: float | None = None  # by the router, for the way taken; None: it went as asked, unpredicted
     predicted_full_ms: float | None = None  # what `ttft_ms` would be with full prefill; None: no rate measured yet
     phases: Phases = field(default_factory=Phases)
     arrival_ms: float = 0.0  # stored KV's way over the link, beside the phases; 0 on the CPU, where it is one of them

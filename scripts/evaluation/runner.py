@@ -119,7 +119,7 @@ class Worker:
     def answer(self, task: Task) -> list[Record]:
         """One record per configuration, `full` first."""
         example, store = task.example, MemoryStore()
-        engine = Engine(self._model, store, self._setup.engine)
+        engine = Engine(self._model, store, replace(self._setup.engine, route="reuse"))
         plans: dict[int, PromptPlan] = {}
         records: list[Record] = []
         full_logits: torch.Tensor | None = None

@@ -39,7 +39,7 @@ class Placed:
         self.model = LanguageModel(copy.deepcopy(hf).to(device, dtype), tokenizer, "tiny")
         self.bench = Bench(self.model, PromptBuilder(tokenizer, PROMPT), None)
         self.store = open_store(folder, StoreConfig(kv_codec=codec), for_gpu=device == "cuda")
-        config = EngineConfig(arena_tokens=2048)
+        config = EngineConfig(arena_tokens=2048, route="reuse")
         self.engine = Engine(self.model, self.store, config, codec, device_tier_bytes)
         self.codec = codec
 

@@ -10,7 +10,7 @@ import torch
 
 from fusionrag.config import ReuseConfig
 from fusionrag.errors import ConfigError
-from fusionrag.layout import stitch_
+from fusionrag.layout import plan_candidates, stitch_
 from fusionrag.loading import CpuLoader
 from fusionrag.reprocess import probe
 from fusionrag.reprocess.probe import ScoreInputs, parse_layers
@@ -26,9 +26,8 @@ def lay(bench, *lengths, num_related=1, **reuse):
     engine.arena.allocate(7)  # so that slots are not positions
     span = engine.arena.allocate(plan.num_tokens + 5)
     names, prefix = engine.prefix(plan.prefix.token_ids)
-    stitched = stitch_(
-        bench.model, CpuLoader(bench.model, bench.store), engine.arena, span, plan, names, prefix, config
-    )
+    loader, candidates = CpuLoader(bench.model, bench.store), plan_candidates(names, plan, config)
+    stitched = stitch_(bench.model, loader, engine.arena, span, plan, candidates, prefix)
     return ScoreInputs(bench.model, engine.arena, span, plan, stitched.chunk_of, stitched.candidates, config)
 
 
