@@ -111,6 +111,10 @@ class LanguageModel:
             torch.cuda.synchronize(self.device)
 
     @property
+    def hidden_size(self) -> int:
+        return int(self._hf.config.hidden_size)
+
+    @property
     def is_mixture(self) -> bool:
         """Whether rows meet only some of the weights (mixture of experts)."""
         config = self._hf.config

@@ -1,12 +1,12 @@
-"""`fusionrag bench ttft | kernels | load | ingest`: speed. The last line of standard output is the result as JSON."""
+"""`fusionrag bench ttft | decode | kernels | load | ingest`: speed. The last line of standard output is the result as JSON."""
 
 from __future__ import annotations
 
 import argparse
 
-from scripts.bench import ingest, kernels, load, ttft
+from scripts.bench import decode, ingest, kernels, load, ttft
 
-BENCHES = {"ttft": ttft, "kernels": kernels, "load": load, "ingest": ingest}
+BENCHES = {"ttft": ttft, "decode": decode, "kernels": kernels, "load": load, "ingest": ingest}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
