@@ -11,6 +11,7 @@ from fusionrag.kernels.backend import jit, padded, takes, tl, triton
 
 BLOCK_R = 16  # rows of a program
 
+
 def prepare_rows_(
     queries: torch.Tensor,
     keys: torch.Tensor,
@@ -91,7 +92,6 @@ def _prepare_rows_kernel(
         target = arena_values + head.to(tl.int64) * stride_avg + slot * stride_avs
         one = tl.full([1, 1], 1.0, tl.float32)
         _rotate_rows(source, target, one, one * 0.0, wanted, slot >= 0, at_h, HALF, REST, BLOCK_REST)
-
 
 
 def prepare_rows_reference_(

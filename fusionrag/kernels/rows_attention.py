@@ -150,7 +150,11 @@ def _rows_attention_kernel(
     key_tile = keys + kv_head.to(tl.int64) * stride_kg + span_start * stride_ks
     value_tile = values + kv_head.to(tl.int64) * stride_vg + span_start * stride_vs
 
-    begin, seen_from, seen_until = lowest * 0, lowest * 0, (lowest + 1) // BLOCK_N * BLOCK_N  # all rows see [seen_from, seen_until)
+    begin, seen_from, seen_until = (
+        lowest * 0,
+        lowest * 0,
+        (lowest + 1) // BLOCK_N * BLOCK_N,
+    )  # all rows see [seen_from, seen_until)
     if HAS_WINDOW:
         begin = tl.maximum(lowest - window + 1, 0) // BLOCK_N * BLOCK_N
         seen_from = tl.minimum(tl.maximum(last - window + BLOCK_N, 0) // BLOCK_N * BLOCK_N, seen_until)
