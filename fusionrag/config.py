@@ -137,7 +137,7 @@ class PreprocessConfig:
 class StoreConfig:
     """Where stored KV lives and how much of it stays in memory."""
 
-    kv_codec: str = knob("none", "how KV is written: none (the model's dtype), float16, int8")
+    kv_codec: str = knob("none", "how KV is written: none (the model's dtype), float16, int8, int4")
     host_tier_bytes: int = knob(1 << 30, "host memory for the most recently used KV objects, in bytes; 0 turns it off")
     device_tier_bytes: int = knob(
         1 << 30, "device memory for the most recently used KV objects, in bytes; only on a GPU; 0 turns it off"
@@ -145,7 +145,7 @@ class StoreConfig:
     verify_checksum: bool = knob(True, "verify each object's checksum when it is read from disk")
 
     def __post_init__(self) -> None:
-        require(self.kv_codec in ("none", "float16", "int8"), "kv_codec", f"unknown codec {self.kv_codec!r}")
+        require(self.kv_codec in ("none", "float16", "int8", "int4"), "kv_codec", f"unknown codec {self.kv_codec!r}")
         require(self.host_tier_bytes >= 0, "host_tier_bytes", "must not be negative")
         require(self.device_tier_bytes >= 0, "device_tier_bytes", "must not be negative")
 

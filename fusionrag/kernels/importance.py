@@ -98,6 +98,8 @@ def attention_mass_reference(
     own_queries = queries[first:last].transpose(0, 1)  # (H, rows, D)
     own_keys = keys[:, span_start : span_start + num_keys]
     grouped = own_queries.reshape(keys.shape[0], -1, keys.shape[2])  # (G, H/G * rows, D)
+    if lse is not None:  # the norm is not worked out of these scores, so their rounding would not cancel
+        grouped, own_keys = grouped.float(), own_keys.float()
     scores = torch.matmul(grouped, own_keys.transpose(1, 2)).float() * scaling
     scores = scores.view(queries.shape[1], last - first, num_keys)
     hidden = torch.arange(num_keys, device=keys.device)[None, :] > plan.positions[first:last, None]

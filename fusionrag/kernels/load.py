@@ -19,10 +19,11 @@ from dataclasses import astuple, dataclass
 
 import torch
 
-from fusionrag.kernels.backend import to_device
+from fusionrag.kernels.backend import jit, padded, takes, tl, to_device, triton
 from fusionrag.kernels.prepare_rows import rotate
 
 INT4_GROUP = 32
+HEADS_PER_PROGRAM = 8  # (layer, head) pairs that share the work of cos and sin
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,118 @@ def load_(
     chunks. dtype: of the stored numbers where the codec is none. inv_freq: (rotary_dim / 2,) fp32.
     arena_keys, arena_values: (L, G, S, D), the layers that are loaded; the last dimension is contiguous.
     """
-    load_reference_(source, table, max_tokens, codec, dtype, inv_freq, rope_scaling, arena_keys, arena_values)
+    num_layers, num_heads, _, head_dim = arena_keys.shape
+    stored = torch.float16 if codec == "float16" else dtype
+    if not takes("load", source.device, stored, arena_keys.dtype, head_dim=head_dim):
+        load_reference_(source, table, max_tokens, codec, dtype, inv_freq, rope_scaling, arena_keys, arena_values)
+    elif len(table):
+        assert head_dim % 2 == 0 and codec in ("none", "float16", "int8", "int4")
+        half, num_tiles = len(inv_freq), triton.cdiv(max_tokens, INT4_GROUP)
+        grid = len(table) * num_tiles, triton.cdiv(num_layers * num_heads, HEADS_PER_PROGRAM)
+        _load_kernel[grid](
+            source, table, inv_freq, arena_keys, arena_values, rope_scaling, num_tiles, num_layers, num_heads,
+            *arena_keys.stride()[:3], *arena_values.stride()[:3],
+            CODEC="none" if codec == "float16" else codec, STORED=getattr(tl, str(stored).removeprefix("torch.")),
+            HEAD_DIM=head_dim, HALF=half, BLOCK_T=INT4_GROUP, BLOCK_H=padded(half), BLOCK_V=padded(head_dim // 2),
+            BLOCK_REST=padded(max(1, head_dim - 2 * half)), HEADS=HEADS_PER_PROGRAM, num_warps=4,
+        )  # fmt: skip
+
+
+@jit()
+def _stored_numbers(
+    source, kv_at, scales_at, pair, is_value, tokens, first_token, num_tokens, num_heads, is_token,
+    CODEC: tl.constexpr, STORED: tl.constexpr, HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr, OF_VALUES: tl.constexpr,
+):  # fmt: skip
+    """Channels [FIRST, FIRST + COUNT) of a tile's keys or values of one (layer, head) pair: (BLOCK_T, BLOCK) fp32."""
+    channels = FIRST + tl.arange(0, BLOCK)[None, :]
+    wanted = is_token & (channels < FIRST + COUNT)
+    row = ((pair // num_heads * 2 + is_value) * num_heads + pair % num_heads).to(tl.int64) * num_tokens + tokens
+    scales = source + scales_at
+    if CODEC == "int4":
+        middle: tl.constexpr = HEAD_DIM // 2
+        in_byte = channels % middle
+        if FIRST + BLOCK <= middle:  # said in a way that lets loads be wide
+            in_byte = channels
+        if FIRST >= middle and FIRST + BLOCK <= HEAD_DIM:
+            in_byte = channels - middle
+        packed = tl.load(source + kv_at + row * middle + in_byte, mask=wanted, other=0)
+        numbers = ((packed >> (channels // middle * 4).to(tl.uint8)) & 15).to(tl.float32)
+        halves = scales.to(tl.pointer_type(tl.float16))
+        if OF_VALUES:
+            per_token: tl.constexpr = (HEAD_DIM + GROUP - 1) // GROUP
+            distance = num_tokens * per_token
+            at = halves + (pair * 2).to(tl.int64) * distance + tokens * per_token + channels // GROUP
+        else:
+            distance = tl.cdiv(num_tokens, GROUP) * HEAD_DIM
+            at = halves + (pair * 2).to(tl.int64) * distance + first_token // GROUP * HEAD_DIM + channels
+            wanted = channels < FIRST + COUNT
+        scale = tl.load(at, mask=wanted, other=0.0).to(tl.float32)
+        return numbers * scale + tl.load(at + distance, mask=wanted, other=0.0).to(tl.float32)
+    if CODEC == "int8":
+        eighths = (source + kv_at).to(tl.pointer_type(tl.int8))
+        numbers = tl.load(eighths + row * HEAD_DIM + channels, mask=wanted, other=0).to(tl.float32)
+        floats = scales.to(tl.pointer_type(tl.float32))
+        if OF_VALUES:
+            return numbers * tl.load(floats + pair.to(tl.int64) * num_tokens + tokens, mask=is_token, other=0.0)
+        in_range = channels < FIRST + COUNT
+        return numbers * tl.load(floats + pair.to(tl.int64) * HEAD_DIM + channels, mask=in_range, other=0.0)
+    plain = (source + kv_at).to(tl.pointer_type(STORED))
+    return tl.load(plain + row * HEAD_DIM + channels, mask=wanted, other=0.0).to(tl.float32)
+
+
+@jit("table", "num_tiles")
+def _load_kernel(
+    source, table, inv_freq, arena_keys, arena_values, rope_scaling, num_tiles, num_layers, num_heads,
+    stride_kl, stride_kg, stride_ks, stride_vl, stride_vg, stride_vs,
+    CODEC: tl.constexpr, STORED: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_REST: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_T tokens of one chunk, HEADS (layer, head) pairs. A tile has one group of int4's keys."""
+    row = table + tl.program_id(0) // num_tiles * 6
+    begin = tl.program_id(0) % num_tiles * BLOCK_T
+    num_tokens = tl.load(row + 3).to(tl.int32)
+    if begin >= num_tokens:
+        return
+    kv_at = tl.multiple_of(tl.load(row), 16)
+    key_scales_at, value_scales_at = tl.multiple_of(tl.load(row + 1), 4), tl.multiple_of(tl.load(row + 2), 4)
+    tokens = begin + tl.arange(0, BLOCK_T)[:, None]
+    is_token = tokens < num_tokens
+    slots = tl.load(row + 4) + tokens
+    at_h, at_v = tl.arange(0, BLOCK_H)[None, :], tl.arange(0, BLOCK_V)[None, :]
+    position = (tl.load(row + 5) + tokens).to(tl.float32)
+    angles = position * tl.load(inv_freq + at_h, mask=at_h < HALF, other=0.0)
+    cos, sin = tl.cos(angles) * rope_scaling, tl.sin(angles) * rope_scaling
+    is_half, is_middle = is_token & (at_h < HALF), is_token & (at_v < HEAD_DIM // 2)
+    kind = arena_keys.dtype.element_ty
+    for pair in range(tl.program_id(1) * HEADS, tl.minimum(tl.program_id(1) * HEADS + HEADS, num_layers * num_heads)):
+        pair = tl.cast(pair, tl.int32)
+        layer, head = (pair // num_heads).to(tl.int64), (pair % num_heads).to(tl.int64)
+        target = arena_keys + layer * stride_kl + head * stride_kg + slots * stride_ks
+        first = _stored_numbers(
+            source, kv_at, key_scales_at, pair, 0, tokens, begin, num_tokens, num_heads, is_token,
+            CODEC, STORED, HEAD_DIM, 0, HALF, BLOCK_H, BLOCK_T, False,
+        )  # fmt: skip
+        second = _stored_numbers(
+            source, kv_at, key_scales_at, pair, 0, tokens, begin, num_tokens, num_heads, is_token,
+            CODEC, STORED, HEAD_DIM, HALF, HALF, BLOCK_H, BLOCK_T, False,
+        )  # fmt: skip
+        tl.store(target + at_h, (first * cos - second * sin).to(kind), mask=is_half)
+        tl.store(target + HALF + at_h, (second * cos + first * sin).to(kind), mask=is_half)
+        if HEAD_DIM > 2 * HALF:
+            rest = _stored_numbers(
+                source, kv_at, key_scales_at, pair, 0, tokens, begin, num_tokens, num_heads, is_token,
+                CODEC, STORED, HEAD_DIM, 2 * HALF, HEAD_DIM - 2 * HALF, BLOCK_REST, BLOCK_T, False,
+            )  # fmt: skip
+            at_rest = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
+            tl.store(target + at_rest, rest.to(kind), mask=is_token & (at_rest < HEAD_DIM))
+        target = arena_values + layer * stride_vl + head * stride_vg + slots * stride_vs
+        for part in tl.static_range(2):
+            some = _stored_numbers(
+                source, kv_at, value_scales_at, pair, 1, tokens, begin, num_tokens, num_heads, is_token,
+                CODEC, STORED, HEAD_DIM, part * (HEAD_DIM // 2), HEAD_DIM // 2, BLOCK_V, BLOCK_T, True,
+            )  # fmt: skip
+            tl.store(target + part * (HEAD_DIM // 2) + at_v, some.to(kind), mask=is_middle)
 
 
 def load_reference_(

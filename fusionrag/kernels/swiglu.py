@@ -7,26 +7,32 @@ from torch.nn.functional import silu
 
 from fusionrag.kernels.backend import jit, takes, tl, triton
 
-BLOCK = 4096  # numbers of one program: 16 bytes a load and thread, several in flight
+BLOCK = 2048  # numbers of one program
 
 
 def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """gate, up: same shape and dtype. Returns a new tensor like them."""
-    if not (takes("silu_mul", gate.device, gate.dtype) and gate.is_contiguous() and up.is_contiguous()):
+    """gate, up: (..., N), same shape and dtype, last dimension contiguous. Returns a new, contiguous tensor."""
+    if not takes("silu_mul", gate.device, gate.dtype):
         return silu_mul_reference(gate, up)
-    out = torch.empty_like(gate)
-    if gate.numel():
-        _silu_mul_kernel[(triton.cdiv(gate.numel(), BLOCK),)](gate, up, out, gate.numel(), BLOCK=BLOCK, num_warps=8)
+    out = gate.new_empty(gate.shape)
+    if out.numel():
+        gate_rows, up_rows = gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1])
+        num_rows, width = gate_rows.shape
+        _silu_mul_kernel[(num_rows, triton.cdiv(width, BLOCK))](
+            gate_rows, up_rows, out, gate_rows.stride(0), up_rows.stride(0), width, BLOCK=BLOCK, num_warps=4
+        )
     return out
 
 
-@jit("num_elements")
-def _silu_mul_kernel(gate, up, out, num_elements, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < num_elements
-    x = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at, (x / (1.0 + tl.exp(-x)) * y).to(out.dtype.element_ty), mask=inside)
+@jit()
+def _silu_mul_kernel(gate, up, out, stride_gate, stride_up, width, BLOCK: tl.constexpr):
+    """One program: BLOCK numbers of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    x = tl.load(gate + row * stride_gate + at, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(up + row * stride_up + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * width + at, (x / (1.0 + tl.exp(-x)) * y).to(out.dtype.element_ty), mask=inside)
 
 
 def silu_mul_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,9 @@
     float16  half precision; refused when a value does not fit
     int8     symmetric; keys one scale per (layer, head, channel), because a few key channels are far larger than the
              rest; values one scale per (layer, head, token). |error| <= scale / 2 with scale = max |x| / 127
+    int4     16 even steps between minimum and maximum of a group: keys 32 tokens of a channel, values 32 channels of a
+             token. |error| <= scale / 2 with scale = (max - min) / 15, and the rounding of both to half precision.
+             5 bits a number. Channels are paired two to a byte as `kernels.load` says
 
 Knows nothing of files. Invariant: `layout` tells names, dtypes and shapes of what `encode` makes from (codec, dtype,
 shape) alone, so that a reader never has to believe a file. The tensor "kv" is (L, 2, G, T, D), [:, 0] the keys and
@@ -12,19 +15,21 @@ shape) alone, so that a reader never has to believe a file. The tensor "kv" is (
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
 from fusionrag.errors import StoreError
+from fusionrag.kernels.load import INT4_GROUP, dequantize_int4
 from fusionrag.types import ChunkKV
 
-CODECS = ("none", "float16", "int8")
+CODECS = ("none", "float16", "int8", "int4")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _INT8_MAX = 127
+_INT4_MAX = 15
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,14 @@ def layout(codec: str, dtype: torch.dtype, shape: KVShape) -> tuple[TensorLayout
             TensorLayout("value_scales", torch.float32, (num_layers, num_heads, num_tokens, 1)),
             TensorLayout("kv", torch.int8, kv),
         )
+    if codec == "int4":
+        _check_pairs(head_dim)
+        token_groups, channel_groups = -(-num_tokens // INT4_GROUP), -(-head_dim // INT4_GROUP)
+        return (
+            TensorLayout("key_scales", torch.float16, (num_layers, num_heads, 2, token_groups, head_dim)),
+            TensorLayout("value_scales", torch.float16, (num_layers, num_heads, 2, num_tokens, channel_groups)),
+            TensorLayout("kv", torch.uint8, (*kv[:-1], head_dim // 2)),
+        )
     raise _unknown(codec)
 
 
@@ -139,6 +152,12 @@ def encode(kv: ChunkKV, codec: str) -> dict[str, torch.Tensor]:
             "value_scales": value_scales.cpu(),
             "kv": torch.stack((keys, values), dim=1).cpu(),
         }
+    if codec == "int4":
+        _check_pairs(kv.keys.shape[3])
+        keys, key_scales = _quantize_int4(kv.keys, dim=2)
+        values, value_scales = _quantize_int4(kv.values, dim=3)
+        low, high = torch.stack((keys, values), dim=1).chunk(2, dim=-1)
+        return {"key_scales": key_scales.cpu(), "value_scales": value_scales.cpu(), "kv": (low | high << 4).cpu()}
     raise _unknown(codec)
 
 
@@ -156,7 +175,19 @@ def decode(tensors: Mapping[str, torch.Tensor], codec: str, dtype: torch.dtype) 
             kv[:, 0].float().mul_(tensors["key_scales"]).to(dtype),
             kv[:, 1].float().mul_(tensors["value_scales"]).to(dtype),
         )
+    if codec == "int4":
+        keys, values = dequantize_int4(kv, tensors["key_scales"], tensors["value_scales"])
+        return ChunkKV(keys.to(dtype), values.to(dtype))
     raise _unknown(codec)
+
+
+def shape_of(codec: str, kv: Sequence[int]) -> KVShape:
+    """The sizes of the KV whose tensor "kv" has this shape (L, 2, G, T, D), or (L, 2, G, T, D/2) where two share a byte.
+
+    Raises ValueError where `kv` has another number of sizes.
+    """
+    num_layers, _, num_heads, num_tokens, width = kv
+    return KVShape(num_layers, num_heads, num_tokens, 2 * width if codec == "int4" else width)
 
 
 def _unknown(codec: str) -> StoreError:
@@ -171,3 +202,24 @@ def _quantize(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
         raise StoreError("kv_codec: int8 cannot hold this KV (a value is not finite); the model's output is broken")
     divisors = torch.where(scales > 0, scales, 1.0)  # a channel of zeros stays zero
     return (x / divisors).round_().clamp_(-_INT8_MAX, _INT8_MAX).to(torch.int8), scales
+
+
+def _check_pairs(head_dim: int) -> None:
+    if head_dim % 2:
+        raise StoreError(f"kv_codec: int4 packs channels in pairs, and head_dim is {head_dim}; use int8")
+
+
+def _quantize_int4(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 below 16 of x's shape (L, G, T, D); (L, G, 2, …) float16 scales and minima of groups along `dim`."""
+    size = x.shape[dim]
+    whole = torch.arange(-(-size // INT4_GROUP) * INT4_GROUP, device=x.device).clamp_(max=size - 1)
+    grouped = x.float().index_select(dim, whole).unflatten(dim, (-1, INT4_GROUP))  # a last, short group repeats its end
+    low, high = grouped.amin(dim + 1, keepdim=True), grouped.amax(dim + 1, keepdim=True)
+    minima = low.half()
+    scales = ((high - minima.float()) / _INT4_MAX).half()
+    if not (scales.isfinite().all() and minima.isfinite().all()):
+        raise StoreError("kv_codec: int4 cannot hold this KV (a value beyond 65504 or not finite); use none")
+    divisors = torch.where(scales > 0, scales, 1.0).float()
+    numbers = ((grouped - minima.float()) / divisors).round_().clamp_(0, _INT4_MAX).to(torch.uint8)
+    numbers = numbers.flatten(dim, dim + 1).narrow(dim, 0, size)
+    return numbers, torch.stack((scales, minima), dim=2).squeeze(dim + 2)

@@ -27,14 +27,20 @@ import torch
 
 from fusionrag.errors import StoreError
 from fusionrag.store.base import BadObject
-from fusionrag.store.codec import EncodedKV, KVShape, TensorLayout, dtype_named, encode, layout
+from fusionrag.store.codec import EncodedKV, KVShape, TensorLayout, dtype_named, encode, layout, shape_of
 from fusionrag.types import ChunkKV, KVSpec
 
 FORMAT = "fusionrag-kv/1"
 
 _NO_CHECKSUM = "0" * 8
 MAX_HEADER_BYTES = 16 << 20  # far above the token ids of any chunk and prefix
-_SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8"}
+_SAFETENSORS_DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class StoredObject:
         if not 8 < header_end <= len(data):
             raise BadObject(f"cut or overwritten: {len(data)} bytes do not hold a header that ends at {header_end}")
         header, spec_text = data[:header_end].numpy().tobytes(), _canonical(spec)
-        shape, checksum = _claims(header[8:], spec_text, len(spec.chunk_ids))
+        shape, checksum = _claims(header[8:], spec_text, spec.codec, len(spec.chunk_ids))
         try:
             tensors = layout(spec.codec, dtype_named(spec.dtype), shape)
         except StoreError as error:
@@ -81,9 +87,8 @@ class StoredObject:
 
     def serialized(self) -> list[memoryview]:
         """The bytes of the file, in pieces that are views of the tensors."""
-        shape = self.tensors["kv"].shape  # (L, 2, G, T, D)
-        sizes = KVShape(shape[0], shape[2], shape[3], shape[4])
-        tensors = layout(self.spec.codec, dtype_named(self.spec.dtype), sizes)
+        shape = shape_of(self.spec.codec, self.tensors["kv"].shape)
+        tensors = layout(self.spec.codec, dtype_named(self.spec.dtype), shape)
         payload = [self.tensors[t.name].reshape(-1).view(torch.uint8).numpy().data for t in tensors]
         spec_text = _canonical(self.spec)
         return [memoryview(_header(spec_text, tensors, _checksum(spec_text, tensors, payload))), *payload]
@@ -103,23 +108,23 @@ def spec_fields(file: BinaryIO) -> dict[str, object]:
     return found
 
 
-def _claims(header: bytes, spec_text: str, chunk_tokens: int) -> tuple[KVShape, str]:
+def _claims(header: bytes, spec_text: str, codec: str, chunk_tokens: int) -> tuple[KVShape, str]:
     """The two things only the file knows: the sizes and the checksum. Raises BadObject where they make no sense."""
     try:
         fields = json.loads(header)
         metadata = fields["__metadata__"]
         written_as, written_for, checksum = metadata["format"], metadata["spec"], metadata["checksum"]
-        num_layers, _, num_heads, num_tokens, head_dim = fields["kv"]["shape"]
+        kv_shape = fields["kv"]["shape"]
+        shape = shape_of(codec, kv_shape)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadObject("the header is not readable") from error
     if written_as != FORMAT:
         raise BadObject(f"unknown format {written_as!r}, this version reads {FORMAT!r}")
     if written_for != spec_text:
         raise BadObject("it was written for another spec")
-    sizes = (num_layers, num_heads, num_tokens, head_dim)
-    if not all(type(n) is int and n > 0 for n in sizes) or num_tokens != chunk_tokens:
-        raise BadObject(f"shape (L, G, T, D) = {sizes} does not fit a chunk of {chunk_tokens} tokens")
-    return KVShape(*sizes), checksum
+    if not all(type(n) is int and n > 0 for n in kv_shape) or shape.num_tokens != chunk_tokens:
+        raise BadObject(f"shape (L, 2, G, T, D) = {kv_shape} does not fit a chunk of {chunk_tokens} tokens")
+    return shape, checksum
 
 
 def _canonical(spec: KVSpec) -> str:

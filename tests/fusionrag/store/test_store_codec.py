@@ -26,7 +26,7 @@ def relative_rms_error(decoded: torch.Tensor, original: torch.Tensor) -> float:
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
 @pytest.mark.parametrize("codec", CODECS)
 def test_layout_says_exactly_what_encode_makes(codec, dtype):
-    kv = normal_kv(dtype, num_tokens=5, head_dim=3)
+    kv = normal_kv(dtype, num_tokens=5, head_dim=6)
     tensors = encode(kv, codec)
     expected = layout(codec, dtype, KVShape.of(kv))
     assert {t.name: (t.dtype, t.shape) for t in expected} == {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}
