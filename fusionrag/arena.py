@@ -6,6 +6,8 @@ Knows nothing of tokens, chunks or layers' meaning. Invariant I1: a request owns
 
 from __future__ import annotations
 
+from collections import deque
+
 import torch
 
 from fusionrag.types import Span
@@ -17,19 +19,30 @@ class FreeList:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._free = [Span(0, capacity)] if capacity else []  # sorted by start, never adjacent, never empty
+        self._returned: deque[Span] = deque()  # free, but not in the list yet
 
     @property
     def num_free(self) -> int:
+        self._take_back()
         return sum(span.length for span in self._free)
 
     def allocate(self, length: int) -> Span | None:
         """The first gap that fits, or None if there is none now."""
+        self._take_back()
         for i, gap in enumerate(self._free):
             if gap.length >= length:
                 rest = Span(gap.start + length, gap.length - length)
                 self._free[i : i + 1] = [rest] if rest.length else []
                 return Span(gap.start, length)
         return None
+
+    def free_later(self, span: Span) -> None:
+        """Gives a span back at the next call; for finalizers, which may run in any thread and in the midst of one."""
+        self._returned.append(span)
+
+    def _take_back(self) -> None:
+        while self._returned:
+            self.free(self._returned.popleft())
 
     def free(self, span: Span) -> None:
         """Gives a span back and joins it with its free neighbours."""

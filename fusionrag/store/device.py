@@ -107,7 +107,7 @@ class DeviceTier:
             if span is None:
                 at += size
             else:
-                weakref.finalize(kv, self._free.free, span).atexit = False
+                weakref.finalize(kv, self._free.free_later, span).atexit = False
                 if digest is not None:
                     self._kept[digest] = kv
         return reserved

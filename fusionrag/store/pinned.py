@@ -39,7 +39,7 @@ class PinnedMemory:
             return None
         slab, span = found
         block = (ctypes.c_uint8 * num_bytes).from_address(self._slabs[slab].data_ptr() + span.start)
-        weakref.finalize(block, self._give_back, slab, span).atexit = False
+        weakref.finalize(block, self._free[slab].free_later, span).atexit = False
         return torch.frombuffer(block, dtype=torch.uint8)  # its storage keeps `block`, and with it the bytes
 
     def _take(self, size: int) -> tuple[int, Span] | None:
@@ -52,7 +52,3 @@ class PinnedMemory:
         self._slabs.append(torch.empty(self._slab_bytes, dtype=torch.uint8, pin_memory=self._pin))
         self._free.append(FreeList(self._slab_bytes))
         return self._take(size)
-
-    def _give_back(self, slab: int, span: Span) -> None:
-        with self._lock:
-            self._free[slab].free(span)
