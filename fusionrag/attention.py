@@ -14,6 +14,7 @@ from itertools import pairwise
 import torch
 
 from fusionrag.arena import KVArena
+from fusionrag.kernels.backend import to_device
 from fusionrag.kernels.prepare_rows import prepare_rows_
 from fusionrag.kernels.row_plan import RequestRows, RowPlan, plan_rows
 from fusionrag.kernels.rows_attention import rows_attention
@@ -85,8 +86,7 @@ class ForwardStep:
         if all(before[1] == after[0] for before, after in pairwise(ranges)):
             return slice(ranges[0][0], ranges[-1][1]) if ranges else slice(0, 0)
         rows = torch.tensor([row for begin, end in ranges for row in range(begin, end)])
-        device = self.positions.device
-        return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
+        return to_device(rows, self.positions.device)
 
     def of_wanted(self) -> ForwardStep:
         """The same pass with the wanted rows alone; their keys and values are written already."""

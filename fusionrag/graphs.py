@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from fusionrag.arena import KVArena
-from fusionrag.model import LanguageModel, upload
+from fusionrag.kernels.backend import to_device
+from fusionrag.model import LanguageModel
 from fusionrag.types import RowGroup, Span
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class DecodeGraphs:
                 self._is_on = False
                 return None
         captured, num = self._captured[size], len(groups)
-        starts = upload(torch.tensor([g.span.start for g in groups]), self._model.device)
+        starts = to_device(torch.tensor([g.span.start for g in groups]), self._model.device)
         torch.cat([g.token_ids for g in groups], out=captured.token_ids[:num])
         torch.cat([g.positions for g in groups], out=captured.positions[:num])
         torch.add(captured.positions[:num], starts, out=captured.slots[:num])

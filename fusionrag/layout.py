@@ -15,8 +15,9 @@ import torch
 
 from fusionrag.arena import KVArena
 from fusionrag.config import ReuseConfig
+from fusionrag.kernels.backend import to_device
 from fusionrag.loading import Loader, Piece
-from fusionrag.model import LanguageModel, upload
+from fusionrag.model import LanguageModel
 from fusionrag.stitch import CaptureKV
 from fusionrag.store.codec import EncodedKV
 from fusionrag.types import (
@@ -147,7 +148,7 @@ def stitch_(
 def _positions(segments: Sequence[Segment], device: torch.device) -> torch.Tensor:
     """All positions of these segments, ascending, int64."""
     runs = [torch.arange(s.start, s.stop) for s in segments]
-    return upload(torch.cat(runs) if runs else torch.empty(0, dtype=torch.int64), device)
+    return to_device(torch.cat(runs) if runs else torch.empty(0, dtype=torch.int64), device)
 
 
 def _chunk_of(plan: PromptPlan, device: torch.device) -> torch.Tensor:
@@ -155,4 +156,4 @@ def _chunk_of(plan: PromptPlan, device: torch.device) -> torch.Tensor:
     chunk_of = torch.full((plan.num_tokens,), -1)
     for i, segment in enumerate(plan.chunks):
         chunk_of[segment.start : segment.stop] = i
-    return upload(chunk_of, device)
+    return to_device(chunk_of, device)

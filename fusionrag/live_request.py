@@ -14,8 +14,9 @@ import torch
 
 from fusionrag.clock import Mark
 from fusionrag.config import ReuseConfig
+from fusionrag.kernels.backend import to_device
 from fusionrag.layout import Stitched
-from fusionrag.model import LanguageModel, upload
+from fusionrag.model import LanguageModel
 from fusionrag.router import Route
 from fusionrag.sampling import Sampler, SamplingParams, TextStream
 from fusionrag.types import AttentionObserver, KVArrival, PromptPlan, RequestStats, RowGroup, Span
@@ -42,7 +43,7 @@ class LiveRequest:
         self.request, self.span, self.plan = request, span, request.plan
         ids = torch.zeros(span.length, dtype=torch.int64)  # of the prompt, and room for what is generated
         ids[: request.plan.num_tokens] = torch.tensor(request.plan.token_ids)
-        self.token_ids = upload(ids, model.device)
+        self.token_ids = to_device(ids, model.device)
         self.pending = torch.empty(0, dtype=torch.int64, device=model.device)  # positions still to run, ascending
         self.observer: AttentionObserver | None = None
         self.stitched: Stitched | None = None  # until its tokens are selected

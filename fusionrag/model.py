@@ -26,6 +26,7 @@ from fusionrag.attention import ForwardStep
 from fusionrag.config import ModelConfig
 from fusionrag.decoder import Decoder
 from fusionrag.errors import ConfigError, ModelNotFound, UnsupportedModel
+from fusionrag.kernels.backend import to_device
 from fusionrag.rope import Rope, extract_rope
 from fusionrag.types import RowGroup
 
@@ -102,7 +103,7 @@ class LanguageModel:
 
     def rows(self, token_ids: Sequence[int], first_position: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """token_ids and positions of a contiguous run, as tensors on the model's device."""
-        ids = upload(torch.tensor(token_ids, dtype=torch.int64), self.device)
+        ids = to_device(torch.tensor(token_ids, dtype=torch.int64), self.device)
         return ids, torch.arange(first_position, first_position + len(ids), device=self.device)
 
     def synchronize(self) -> None:
@@ -152,11 +153,6 @@ class LanguageModel:
             sample = flat[:: max(1, flat.numel() // FINGERPRINT_SAMPLES)].float().cpu()
             digest.update(f"{name}{tuple(weight.shape)}".encode() + sample.numpy().tobytes())
         return digest.hexdigest()
-
-
-def upload(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`host` on `device`, on its way there without waiting for what the device still has to do."""
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 _NOT_IN_FINGERPRINT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")

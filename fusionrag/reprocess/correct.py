@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 
 from fusionrag.arena import KVArena
+from fusionrag.kernels.shift import shift_
 from fusionrag.rope import Rope
 from fusionrag.types import PromptPlan, RowGroup
 
@@ -31,15 +32,16 @@ class MeanResidual:
         weight: float,
     ) -> None:
         """chunk_of: (N,) the chunk of each position."""
-        self._arena, self._rope, self._weight, self._selected = arena, rope, weight, selected
-        self._slots = slice(plan.chunks[0].start, plan.chunks[-1].stop)
-        self._chunk_of_slot = chunk_of[self._slots]
+        self._arena, self._rope, self._selected = arena, rope, selected
+        self._first_slot, stop = plan.chunks[0].start, plan.chunks[-1].stop
+        self._chunk_of = chunk_of[self._first_slot : stop]
         belongs = torch.arange(len(plan.chunks), device=selected.device)[:, None] == chunk_of[selected]
-        self._mean = belongs / belongs.sum(1, keepdim=True).clamp(min=1)  # (C, K): what it is multiplied with, averaged
+        # (C, K): multiplied with one value a row, it gives each chunk's mean times the weight
+        self._mean = weight * belongs / belongs.sum(1, keepdim=True).clamp(min=1)
         cos, sin = rope.tables(-selected)
         # tables carry the rope's scaling: stored-frame keys do not, so undoing divides by it twice
         self._back = cos / rope.scaling**2, sin / rope.scaling**2
-        self._forth = rope.tables(torch.arange(self._slots.start, self._slots.stop, device=selected.device))
+        self._forth = rope.tables(torch.arange(self._first_slot, stop, device=selected.device))
 
     def before_write(self, layer: int, group: RowGroup, keys: torch.Tensor, values: torch.Tensor) -> None:
         """The recomputed rows stand first in the pass, before the tail."""
@@ -48,15 +50,12 @@ class MeanResidual:
         num_selected = len(self._selected)
         span_keys, span_values = self._arena.view(layer, group.span)
         stale_keys = self._rope.rotate(span_keys[:, self._selected].float(), *self._back)
-        moved = self._shared(keys[:, :num_selected].float() - stale_keys)  # still in the stored frame
-        span_keys[:, self._slots] += self._rope.rotate(moved, *self._forth).to(span_keys.dtype)
-        residual = values[:, :num_selected].float() - span_values[:, self._selected].float()
-        span_values[:, self._slots] += self._shared(residual).to(span_values.dtype)
-
-    def _shared(self, residual: torch.Tensor) -> torch.Tensor:
-        """(G, K, D) of the recomputed tokens → (G, T, D) of all chunk slots: their chunk's mean, times the weight."""
-        mean = torch.matmul(self._mean, residual) * self._weight  # (G, C, D); a product: sums in a fixed order
-        return mean[:, self._chunk_of_slot]
+        residuals = (
+            keys[:, :num_selected].float() - stale_keys,  # in the stored frame
+            values[:, :num_selected].float() - span_values[:, self._selected].float(),
+        )  # (G, K, D) each
+        shifts = [torch.matmul(self._mean, r) for r in residuals]  # (G, C, D) each; a product: sums in a fixed order
+        shift_(span_keys, span_values, self._first_slot, self._chunk_of, *shifts, *self._forth)
 
     def after_write(self, layer: int, group: RowGroup, queries: torch.Tensor) -> None:
         pass
