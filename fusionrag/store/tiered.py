@@ -92,7 +92,7 @@ class TieredStore:
         return EncodedKV(payload.codec, payload.dtype, copies)
 
     def _allocate(self, num_bytes: int) -> torch.Tensor:
-        """Page-locked while there is any, at the expense of what was not used for longest; else ordinary memory."""
+        """Page-locked while there is any, at the expense of what is least worth keeping; else ordinary memory."""
         if self._pinned is None or num_bytes > self._host.capacity_bytes:
             return pageable(num_bytes)
         while (block := self._pinned.empty(num_bytes)) is None:

@@ -90,7 +90,7 @@ def test_a_read_from_disk_is_promoted_to_host_memory(tmp_path, make_spec, make_k
     assert (store.stats.hits_disk, store.stats.hits_host) == (1, 1)
 
 
-def test_the_least_recently_used_object_falls_back_to_disk(tmp_path, make_spec, make_kv):
+def test_the_object_least_used_falls_back_to_disk(tmp_path, make_spec, make_kv):
     specs = [make_spec(first_id=first_id) for first_id in range(3)]
     num_bytes = make_kv(specs[0]).num_bytes
     store = TieredStore(DiskStore(tmp_path), HostTier(2 * num_bytes))
@@ -116,6 +116,13 @@ def test_open_store_passes_verify_checksum_on(tmp_path, make_spec, make_kv):
     assert open_store(tmp_path, StoreConfig()).get(spec) is None
 
 
+def some_kv(num_tokens=1):
+    return ChunkKV(*torch.zeros(2, 1, 1, num_tokens, 1))
+
+
+TOKEN_BYTES = some_kv().num_bytes
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     capacity_kv=st.integers(0, 6),
@@ -123,31 +130,65 @@ def test_open_store_passes_verify_checksum_on(tmp_path, make_spec, make_kv):
         st.tuples(st.sampled_from(["add", "get", "discard"]), st.integers(0, 7), st.integers(1, 4)), max_size=60
     ),
 )
-def test_host_tier_behaves_as_an_lru_list_and_never_exceeds_its_bytes(capacity_kv, steps):
-    token_bytes = 2 * 4  # keys and values of one token, one layer, one head, one float
-    tier = HostTier(capacity_kv * token_bytes)
-    model: list[tuple[str, int]] = []  # (digest, tokens), least recently used first
+def test_host_tier_holds_what_it_was_given_and_never_exceeds_its_bytes(capacity_kv, steps):
+    tier: HostTier[ChunkKV] = HostTier(capacity_kv * TOKEN_BYTES)
+    given_kv: dict[str, ChunkKV] = {}  # what may be there, and would be if nothing were ever let go
     for action, number, num_tokens in steps:
         digest = str(number)
-        known = next((entry for entry in model if entry[0] == digest), None)
         if action == "add":
-            tier.add(digest, ChunkKV(*torch.zeros(2, 1, 1, num_tokens, 1)))
-            fits = num_tokens <= capacity_kv
-            if known and fits:
-                model.append(model.pop(model.index(known)))
-            elif fits:
-                model.append((digest, num_tokens))
-                while sum(tokens for _, tokens in model) > capacity_kv:
-                    del model[0]
+            was_there = tier.get(digest) is not None
+            kv = some_kv(num_tokens)
+            tier.add(digest, kv)
+            if not was_there:
+                given_kv[digest] = kv
+                assert (tier.get(digest) is kv) == (num_tokens <= capacity_kv)
         elif action == "get":
-            assert (tier.get(digest) is not None) == (known is not None)
-            if known:
-                model.append(model.pop(model.index(known)))
+            found = tier.get(digest)
+            assert found is None or found is given_kv[digest]
         else:
             tier.discard(digest)
-            model = [entry for entry in model if entry[0] != digest]
-        assert tier.num_bytes == sum(tokens for _, tokens in model) * token_bytes <= tier.capacity_bytes
-        assert len(tier) == len(model)
+            assert tier.get(digest) is None
+        held = [kv for kv in (tier.get(d) for d in given_kv) if kv is not None]
+        assert len(tier) == len(held) and tier.num_bytes == sum(kv.num_bytes for kv in held) <= tier.capacity_bytes
+
+
+@given(st.permutations(range(6)))
+def test_of_objects_alike_in_size_and_use_the_least_recently_used_leaves(order):
+    tier: HostTier[ChunkKV] = HostTier(6 * TOKEN_BYTES)
+    for number in range(6):
+        tier.add(str(number), some_kv())
+    for number in order:
+        tier.get(str(number))
+    assert tier.evict() and tier.get(str(order[0])) is None
+    assert all(tier.get(str(number)) is not None for number in order[1:])
+
+
+def test_what_is_used_often_outlives_a_pass_over_many_that_are_used_once():
+    tier: HostTier[ChunkKV] = HostTier(4 * TOKEN_BYTES)
+    tier.add("hot", some_kv())
+    for _ in range(3):
+        tier.get("hot")
+    for number in range(6):
+        tier.add(str(number), some_kv())
+    assert tier.get("hot") is not None
+
+
+def test_what_was_used_often_long_ago_leaves_in_the_end():
+    tier: HostTier[ChunkKV] = HostTier(4 * TOKEN_BYTES)
+    tier.add("hot", some_kv())
+    for _ in range(3):
+        tier.get("hot")
+    for number in range(100):
+        tier.add(str(number), some_kv())
+    assert tier.get("hot") is None and tier.get("99") is not None
+
+
+def test_of_two_used_alike_the_one_that_is_cheaper_to_read_again_byte_for_byte_leaves():
+    tier: HostTier[ChunkKV] = HostTier(5 * TOKEN_BYTES)
+    tier.add("small", some_kv(1))
+    tier.add("large", some_kv(4))
+    tier.add("next", some_kv(1))
+    assert tier.get("small") is not None and tier.get("large") is None
 
 
 def test_kv_that_a_request_holds_survives_its_eviction(make_spec, make_kv):
