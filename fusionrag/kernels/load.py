@@ -96,9 +96,9 @@ def _stored_numbers(
     if CODEC == "int4":
         middle: tl.constexpr = HEAD_DIM // 2
         in_byte = channels % middle
-        if FIRST + BLOCK <= middle:  # said in a way that lets loads be wide
+        if middle >= FIRST + BLOCK:  # said in a way that lets loads be wide
             in_byte = channels
-        if FIRST >= middle and FIRST + BLOCK <= HEAD_DIM:
+        if middle <= FIRST and FIRST + BLOCK <= HEAD_DIM:
             in_byte = channels - middle
         packed = tl.load(source + kv_at + row * middle + in_byte, mask=wanted, other=0)
         numbers = ((packed >> (channels // middle * 4).to(tl.uint8)) & 15).to(tl.float32)
