@@ -20,6 +20,8 @@ try:
 except ImportError:  # there is no Triton on a machine without a GPU
     triton = tl = None
 
+__all__ = ["INTERPRETED", "LOG2_E", "jit", "padded", "takes", "tl", "to_device", "triton"]
+
 log = logging.getLogger(__name__)
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"  # for tests: kernels run on the CPU
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -1,7 +1,7 @@
 """Keeping computed KV: `open_store(path, config)` gives a KVStore.
 
     base           the contract: primitives, hits, counters
-    codec          ChunkKV ↔ tensors: none, float16, int8
+    codec          ChunkKV ↔ tensors: none, float16, int8, int4
     stored_object  spec and tensors ↔ the bytes of one file
     disk           files: durability, quarantine
     host           host memory: HostTier (LRU by bytes), MemoryStore

@@ -8,6 +8,9 @@
              token. |error| <= scale / 2 with scale = (max - min) / 15, and the rounding of both to half precision.
              5 bits a number. Channels are paired two to a byte as `kernels.load` says
 
+Error of the packaged model's KV of 1,024 tokens of an encyclopedia, root mean square, relative: int8 keys 0.5 %, values
+0.7 %; int4 keys 3.5 %, values 8.1 %.
+
 Knows nothing of files. Invariant: `layout` tells names, dtypes and shapes of what `encode` makes from (codec, dtype,
 shape) alone, so that a reader never has to believe a file. The tensor "kv" is (L, 2, G, T, D), [:, 0] the keys and
 [:, 1] the values: one layer is one contiguous run of bytes.
@@ -182,7 +185,7 @@ def decode(tensors: Mapping[str, torch.Tensor], codec: str, dtype: torch.dtype) 
 
 
 def shape_of(codec: str, kv: Sequence[int]) -> KVShape:
-    """The sizes of the KV whose tensor "kv" has this shape (L, 2, G, T, D), or (L, 2, G, T, D/2) where two share a byte.
+    """The sizes of the KV whose tensor "kv" is (L, 2, G, T, D), or (L, 2, G, T, D/2) where two numbers share a byte.
 
     Raises ValueError where `kv` has another number of sizes.
     """
@@ -213,7 +216,8 @@ def _quantize_int4(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tenso
     """uint8 below 16 of x's shape (L, G, T, D); (L, G, 2, …) float16 scales and minima of groups along `dim`."""
     size = x.shape[dim]
     whole = torch.arange(-(-size // INT4_GROUP) * INT4_GROUP, device=x.device).clamp_(max=size - 1)
-    grouped = x.float().index_select(dim, whole).unflatten(dim, (-1, INT4_GROUP))  # a last, short group repeats its end
+    grouped = x.float().index_select(dim, whole)  # a last, short group repeats its end
+    grouped = grouped.reshape(*x.shape[:dim], -1, INT4_GROUP, *x.shape[dim + 1 :])
     low, high = grouped.amin(dim + 1, keepdim=True), grouped.amax(dim + 1, keepdim=True)
     minima = low.half()
     scales = ((high - minima.float()) / _INT4_MAX).half()

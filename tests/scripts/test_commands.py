@@ -268,7 +268,23 @@ def test_bench_ttft_ends_with_one_line_of_json(tiny_model, capsys):
     assert all(row["ttft_ms_p50"] > 0 and row["n"] == 1 for row in result["rows"])
 
 
-def test_bench_kernels_reports_the_share_of_the_floor(tiny_model, capsys):
-    assert main(["bench", "kernels", "--model", str(tiny_model), "--num-tokens", "300", "--repeats", "1"]) == 0
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    assert len(rows) == 5 and all(row["ms"] > 0 for row in rows)
+def test_bench_kernels_reports_every_kernel_and_its_share_of_a_ceiling(tiny_model, capsys):
+    args = ["bench", "kernels", "--model", str(tiny_model), "--num-tokens", "300", "--repeats", "1"]
+    assert main(args) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows = result["rows"]
+    kernels = {row["kernel"].partition(",")[0] for row in rows}
+    assert {"SDPA", "rows attention", "attention mass", "load", "row preparation", "silu_mul"} <= kernels
+    assert all(row["ms"] > 0 and {"share_of_matrix_ceiling", "share_of_copy_ceiling"} & set(row) for row in rows)
+    assert result["matrix_tflops"] > 0 and result["copy_gbs"] > 0
+
+
+def test_bench_kernels_takes_shapes_instead_of_a_model_and_refuses_half_of_one(capsys):
+    shape = ["--heads", "4", "--kv-heads", "2", "--head-dim", "16"]
+    args = ["bench", "kernels", "--num-tokens", "300", "--repeats", "1", "--only", "decode,probe"]
+    assert main([*args, *shape]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["shape"]["head_dim"] == 16
+    assert main([*args, *shape[:2]]) == 2
+    assert "--head-dim" in capsys.readouterr().err
+    assert main([*args[:-1], "decod", *shape]) == 2
+    assert "decod" in capsys.readouterr().err
