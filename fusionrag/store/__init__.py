@@ -4,8 +4,10 @@
     codec          ChunkKV ↔ tensors: none, float16, int8, int4
     stored_object  spec and tensors ↔ the bytes of one file
     disk           files: durability, quarantine
-    host           host memory: HostTier (LRU by bytes), MemoryStore
+    host           host memory: HostTier (bounded, the least worth keeping leaves), MemoryStore
+    pinned         page-locked memory that a GPU reads at the link's full speed
     tiered         host memory in front of disk
+    device         device memory in front of both; the engine's, not part of the KVStore
 
 Read `base` first.
 """

@@ -1,4 +1,4 @@
-"""`fusionrag bench ttft | decode | kernels | load | ingest`: speed. The last line of standard output is the result as JSON."""
+"""`fusionrag bench ttft | decode | kernels | load | ingest`: speed. The last line printed is the result as JSON."""
 
 from __future__ import annotations
 
