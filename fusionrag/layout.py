@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import zip_longest
 
 import torch
@@ -34,6 +35,8 @@ from fusionrag.types import (
     Span,
 )
 
+MAX_SPECS = 4096  # kept with their digests, which take a tenth of a millisecond each; some 20 KiB a spec
+
 
 @dataclass(frozen=True)
 class Naming:
@@ -46,16 +49,7 @@ class Naming:
     owner: str = ""
 
     def spec(self, token_ids: Sequence[int], kind: KVKind, related: tuple[str, ...] = ()) -> KVSpec:
-        return KVSpec(
-            self.model_fingerprint,
-            self.dtype,
-            self.codec,
-            self.prefix_ids,
-            tuple(token_ids),
-            kind,
-            related,
-            self.owner,
-        )
+        return _spec(self, tuple(token_ids), kind, related)
 
     def candidates(self, chunk: PromptChunk, is_first: bool, first_chunk_raw: bool) -> tuple[KVSpec, ...]:
         """The objects that may stand for a chunk, best first: raw is exact behind the prefix, else fused is nearer."""
@@ -63,6 +57,13 @@ class Naming:
         if not chunk.related or (is_first and first_chunk_raw):
             return (raw,)
         return (self.spec(chunk.token_ids, "fused", chunk.related), raw)
+
+
+@lru_cache(MAX_SPECS)
+def _spec(names: Naming, token_ids: tuple[int, ...], kind: KVKind, related: tuple[str, ...]) -> KVSpec:
+    return KVSpec(
+        names.model_fingerprint, names.dtype, names.codec, names.prefix_ids, token_ids, kind, related, names.owner
+    )
 
 
 def plan_candidates(names: Naming, plan: PromptPlan, config: ReuseConfig) -> list[tuple[KVSpec, ...]]:

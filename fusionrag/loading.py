@@ -26,7 +26,7 @@ from fusionrag.store.device import DeviceKV, DeviceTier
 from fusionrag.types import KVArrival, KVSource, KVSpec, Span
 
 NUM_READERS = 8  # files read at the same time: one does not fill a drive
-LAYERS_AT_ONCE = 4  # per copy: large enough for the link's full speed, small enough to begin early
+LAYERS_AT_ONCE = 7  # per copy: large enough for the link's full speed, small enough to begin early
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from functools import cached_property
+from itertools import chain
 from typing import Literal, Protocol
 
 import torch
@@ -185,9 +186,9 @@ class PromptPlan:
     segments: tuple[Segment, ...]
     question: tuple[int, int]  # positions [start, stop) inside the tail
 
-    @property
-    def token_ids(self) -> list[int]:
-        return [t for s in self.segments for t in s.token_ids]
+    @cached_property
+    def token_ids(self) -> tuple[int, ...]:
+        return tuple(chain.from_iterable(s.token_ids for s in self.segments))
 
     @property
     def num_tokens(self) -> int:

@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 
 from fusionrag.arena import KVArena
+from fusionrag.kernels.backend import to_device
+from fusionrag.kernels.residual import mean_residual
 from fusionrag.kernels.shift import shift_
 from fusionrag.rope import Rope
 from fusionrag.types import PromptPlan, RowGroup
@@ -32,12 +34,11 @@ class MeanResidual:
         weight: float,
     ) -> None:
         """chunk_of: (N,) the chunk of each position."""
-        self._arena, self._rope, self._selected = arena, rope, selected
+        self._arena, self._selected, self._weight = arena, selected, weight
         self._first_slot, stop = plan.chunks[0].start, plan.chunks[-1].stop
         self._chunk_of = chunk_of[self._first_slot : stop]
-        belongs = torch.arange(len(plan.chunks), device=selected.device)[:, None] == chunk_of[selected]
-        # (C, K): multiplied with one value a row, it gives each chunk's mean times the weight
-        self._mean = weight * belongs / belongs.sum(1, keepdim=True).clamp(min=1)
+        borders = torch.tensor([s.start for s in plan.chunks] + [stop])
+        self._bounds = torch.searchsorted(selected, to_device(borders, selected.device))
         cos, sin = rope.tables(-selected)
         # tables carry the rope's scaling: stored-frame keys do not, so undoing divides by it twice
         self._back = cos / rope.scaling**2, sin / rope.scaling**2
@@ -47,15 +48,9 @@ class MeanResidual:
         """The recomputed rows stand first in the pass, before the tail."""
         if layer == 0:  # keys and values of layer 0 are the same in every context
             return
-        num_selected = len(self._selected)
-        span_keys, span_values = self._arena.view(layer, group.span)
-        stale_keys = self._rope.rotate(span_keys[:, self._selected].float(), *self._back)
-        residuals = (
-            keys[:, :num_selected].float() - stale_keys,  # in the stored frame
-            values[:, :num_selected].float() - span_values[:, self._selected].float(),
-        )  # (G, K, D) each
-        shifts = [torch.matmul(self._mean, r) for r in residuals]  # (G, C, D) each; a product: sums in a fixed order
-        shift_(span_keys, span_values, self._first_slot, self._chunk_of, *shifts, *self._forth)
+        span = self._arena.view(layer, group.span)
+        shifts = mean_residual(keys, values, *span, self._selected, self._bounds, *self._back, self._weight)
+        shift_(*span, self._first_slot, self._chunk_of, *shifts, *self._forth)
 
     def after_write(self, layer: int, group: RowGroup, queries: torch.Tensor) -> None:
         pass

@@ -88,6 +88,11 @@ class EncodedKV:
         return self.tensors["kv"].shape[3]
 
     @cached_property
+    def bytes_of_layers(self) -> Mapping[str, torch.Tensor]:
+        """The tensors as uint8 (L, bytes of a layer): views, for copying runs of layers."""
+        return {name: t.view(t.shape[0], -1).view(torch.uint8) for name, t in self.tensors.items()}
+
+    @cached_property
     def kv(self) -> ChunkKV:
         """Decoded; decoded once."""
         return decode(self.tensors, self.codec, self.dtype)

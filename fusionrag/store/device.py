@@ -59,13 +59,21 @@ class DeviceKV:
         """Where layer `layer` begins."""
         return Offsets(**{t.name: self._starts[t.name] + layer * _layer_bytes(t) for t in self.tensors})
 
+    @cached_property
+    def _bytes_of_layers(self) -> Mapping[str, torch.Tensor]:
+        """Each tensor's bytes in the buffer, uint8 (L, bytes of a layer)."""
+        views = {}
+        for tensor in self.tensors:
+            num_layers, size = tensor.shape[0], _layer_bytes(tensor)
+            views[tensor.name] = self.buffer.narrow(0, self._starts[tensor.name], num_layers * size).view(-1, size)
+        return views
+
     def copy_layers_(self, payload: EncodedKV, layers: slice) -> None:
         """Queues the copy of these layers from host memory on the current stream."""
-        for tensor in self.tensors:
-            begin = self._starts[tensor.name] + layers.start * _layer_bytes(tensor)
-            stop = self._starts[tensor.name] + layers.stop * _layer_bytes(tensor)
-            source = payload.tensors[tensor.name][layers].reshape(-1).view(torch.uint8)
-            self.buffer[begin:stop].copy_(source, non_blocking=True)
+        first, num_layers = layers.start, layers.stop - layers.start
+        for name, target in self._bytes_of_layers.items():
+            source = payload.bytes_of_layers[name].narrow(0, first, num_layers)
+            target.narrow(0, first, num_layers).copy_(source, non_blocking=True)
 
 
 class DeviceTier:

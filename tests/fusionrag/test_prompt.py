@@ -53,7 +53,7 @@ def test_a_prompts_ids_are_the_concatenation_of_its_segments(prompts, spell):
     assert [s.kind for s in plan.segments] == [SegmentKind.PREFIX, *[SegmentKind.CHUNK] * 3, SegmentKind.TAIL]
     assert [s.token_ids for s in plan.chunks] == [c.token_ids for c in chunks]  # not tokenised again
     assert [s.chunk for s in plan.chunks] == chunks
-    assert plan.token_ids == [t for s in plan.segments for t in s.token_ids]
+    assert list(plan.token_ids) == [t for s in plan.segments for t in s.token_ids]
     assert [s.start for s in plan.segments] == [0, *(s.stop for s in plan.segments[:-1])]
     assert plan.num_tokens == plan.tail.stop == len(plan.token_ids)
     assert spell(plan.token_ids) == HEAD + "Rask: A town.\nNo title.\nRask: A town.\n" + ASK.format("Where?")
@@ -70,7 +70,7 @@ def test_merges_do_not_reach_over_a_segments_border(make_tokenizer):
     tokenizer = make_tokenizer(merges=[("a", "a"), ("Ċ", "Q"), ("a", "Q")])
     prompts = PromptBuilder(tokenizer, replace(CONFIG, passages_header="a", untitled_chunk_template="{text}"))
     plan = prompts.plan([chunk(prompts, "", "aaa")] * 2, user("a"))
-    assert plan.token_ids == [t for s in plan.segments for t in s.token_ids]
+    assert list(plan.token_ids) == [t for s in plan.segments for t in s.token_ids]
     assert plan.chunks[0].token_ids == plan.chunks[1].token_ids == tuple(prompts.encode("", "aaa"))
 
 
