@@ -60,7 +60,7 @@ def _mean_residual_kernel(
     at_rest = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
     first_sum, second_sum = tl.zeros([BLOCK_H], tl.float32), tl.zeros([BLOCK_H], tl.float32)
     rest_sum, value_sum = tl.zeros([BLOCK_REST], tl.float32), tl.zeros([BLOCK_D], tl.float32)
-    for start in range(begin, end, BLOCK_R):
+    for start in tl.range(begin, end, BLOCK_R):
         rows = (start + tl.arange(0, BLOCK_R))[:, None]
         is_row = rows < end
         slots = tl.load(positions + rows, mask=is_row, other=0)
