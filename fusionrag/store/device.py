@@ -9,7 +9,7 @@ Invariant: bytes of a block are given out again only when nobody holds its `Devi
 from __future__ import annotations
 
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -75,9 +75,11 @@ class DeviceTier:
         self._buffer = torch.empty(capacity_bytes, dtype=torch.uint8, device=device)
         self._free = FreeList(capacity_bytes)
         self._kept: OrderedDict[str, DeviceKV] = OrderedDict()  # least recently used first
+        self._returned: deque[Span] = deque()  # of what nobody holds any more; a finalizer may run at any moment
 
     @property
     def num_free(self) -> int:
+        self._take_back()
         return self._free.num_free
 
     def get(self, digest: str) -> DeviceKV | None:
@@ -107,7 +109,7 @@ class DeviceTier:
             if span is None:
                 at += size
             else:
-                weakref.finalize(kv, self._free.free, span).atexit = False
+                weakref.finalize(kv, self._returned.append, span).atexit = False
                 if digest is not None:
                     self._kept[digest] = kv
         return reserved
@@ -115,11 +117,17 @@ class DeviceTier:
     def _room(self, num_bytes: int) -> Span | None:
         if num_bytes > self._free.capacity:
             return None
+        self._take_back()
         while (span := self._free.allocate(num_bytes)) is None:
             if not self._kept:
                 return None
             self._kept.popitem(last=False)
+            self._take_back()
         return span
+
+    def _take_back(self) -> None:
+        while self._returned:
+            self._free.free(self._returned.popleft())
 
 
 def _aligned(num_bytes: int) -> int:

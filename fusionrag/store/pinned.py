@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import weakref
+from collections import deque
 
 import torch
 
@@ -29,17 +30,22 @@ class PinnedMemory:
         self._lock = threading.Lock()
         self._slabs: list[torch.Tensor] = []
         self._free: list[FreeList] = []  # one a slab
+        # Blocks that nobody holds any more. A finalizer may run anywhere, within `empty` too: it takes no lock
+        self._returned: deque[tuple[int, Span]] = deque()
 
     def empty(self, num_bytes: int) -> torch.Tensor | None:
         """uint8 (num_bytes,), contents undefined; None where no gap is large enough."""
         size = -(-max(num_bytes, 1) // ALIGNMENT) * ALIGNMENT
         with self._lock:
+            while self._returned:
+                slab, span = self._returned.popleft()
+                self._free[slab].free(span)
             found = self._take(size)
         if found is None:
             return None
         slab, span = found
         block = (ctypes.c_uint8 * num_bytes).from_address(self._slabs[slab].data_ptr() + span.start)
-        weakref.finalize(block, self._give_back, slab, span).atexit = False
+        weakref.finalize(block, self._returned.append, found).atexit = False
         return torch.frombuffer(block, dtype=torch.uint8)  # its storage keeps `block`, and with it the bytes
 
     def _take(self, size: int) -> tuple[int, Span] | None:
@@ -52,7 +58,3 @@ class PinnedMemory:
         self._slabs.append(torch.empty(self._slab_bytes, dtype=torch.uint8, pin_memory=self._pin))
         self._free.append(FreeList(self._slab_bytes))
         return self._take(size)
-
-    def _give_back(self, slab: int, span: Span) -> None:
-        with self._lock:
-            self._free[slab].free(span)
