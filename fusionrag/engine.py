@@ -334,8 +334,8 @@ class Engine:
     def _release(self, live: LiveRequest) -> None:
         if live in self._live:
             self._live.remove(live)
-            if live.arrival is not None:  # else what is still on its way would be written into somebody else's span
-                live.arrival.wait_for_all()
+            if live.arrival is not None:  # KV still on its way needs the span, and the memory that it comes from
+                self.model.synchronize()
             self.arena.free(live.span)
 
 

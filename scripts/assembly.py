@@ -59,7 +59,10 @@ def open_parts(args: argparse.Namespace, model: LanguageModel | None = None) -> 
     store_config = build(StoreConfig, args)
     model = model or load_model(build(ModelConfig, args))
     prompts = PromptBuilder(model.tokenizer, build(PromptConfig, args))
-    engine = Engine(model, open_store(data_dir.kv, store_config), build(EngineConfig, args), store_config.kv_codec)
+    store = open_store(data_dir.kv, store_config, for_gpu=model.device.type == "cuda")
+    engine = Engine(
+        model, store, build(EngineConfig, args), store_config.kv_codec, device_tier_bytes=store_config.device_tier_bytes
+    )
     engine.prefix(prompts.prefix_ids)  # now, not in the first request
     embedding = build(EmbeddingConfig, args)
     embedder = Embedder(embedding)

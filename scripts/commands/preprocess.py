@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         related = _set_related(catalogue, data_dir, args)
         chunk_ids = [c for i, c in enumerate(token_ids_of) if shard.has(i)][: args.limit or None]
         chunks = [PromptChunk(c, token_ids_of[c], related.get(c, ())) for c in chunk_ids]
-        store = open_store(data_dir.kv, store_config)
+        store = open_store(data_dir.kv, store_config, for_gpu=model.device.type == "cuda")
         names = naming(model, store_config.kv_codec, prompts.prefix_ids, collection.owner)
         job = PreprocessJob(model, store, names, token_ids_of, build(EngineConfig, args))
         computed = _run(job, chunks, catalogue, args.collection)
