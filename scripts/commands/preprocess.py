@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
 from fusionrag.config import EngineConfig, ModelConfig, PreprocessConfig, PromptConfig, StoreConfig
 from fusionrag.errors import ConfigError
 from fusionrag.layout import naming
+from fusionrag.memory import check_device_memory
 from fusionrag.model import load_model
 from fusionrag.preprocess.job import PreprocessJob
 from fusionrag.preprocess.related import related_chunks
@@ -61,6 +62,9 @@ def run(args: argparse.Namespace) -> int:
     data_dir = DataDir(args.data_dir)
     with data_dir.lock(exclusive=False), Catalogue(data_dir.catalogue) as catalogue:
         collection = catalogue.collection(args.collection)
+        check_device_memory(
+            build(ModelConfig, args), build(EngineConfig, args), replace(store_config, device_tier_bytes=0)
+        )
         model = load_model(build(ModelConfig, args))
         prompts = PromptBuilder(model.tokenizer, build(PromptConfig, args))
         if collection.encoder_fingerprint != prompts.fingerprint:
