@@ -1,4 +1,4 @@
-"""Whether a model, its arena and its device tier fit a GPU: told with the arithmetic before anything is allocated there.
+"""Whether a model, its arena and its device tier fit a GPU, told with the arithmetic before anything is allocated.
 
 Knows nothing of requests. Invariant: settings that are suggested fit by the same arithmetic that refused the others.
 """
@@ -59,7 +59,7 @@ class MemoryNeed:
 def footprint(hf_config: Any, dtype: torch.dtype, kv_codec: str, max_model_len: int = 0) -> Footprint:
     """hf_config: a supported decoder's. max_model_len: 0 takes the model's own limit."""
     with torch.device("meta"):
-        hf = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+        hf = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)  # type: ignore[no-untyped-call]
     shape = shape_of(hf_config)
     stored = layout(kv_codec, dtype, KVShape(shape.num_layers, shape.num_kv_heads, CODEC_TOKENS, shape.head_dim))
     return Footprint(
