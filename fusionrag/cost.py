@@ -17,7 +17,7 @@ from fusionrag.arena import KVArena
 from fusionrag.model import LanguageModel
 from fusionrag.types import RowGroup, Span
 
-CALIBRATION_ROWS = 512  # enough rows for the rate of long prefills, few enough not to be noticed at start
+CALIBRATION_ROWS = {"cpu": 512, "cuda": 4096}  # enough for the rate of long prefills, too few to be noticed at start
 _MIN_ROWS = 128  # shorter passes spend their time on overhead, not on FLOPs
 _NEW_SHARE = 0.2  # weight of the latest pass in the moving average
 
@@ -51,7 +51,7 @@ class PrefillClock:
     @torch.inference_mode()
     def calibrate(self, arena: KVArena) -> None:
         """Measures one dense pass, after one to warm up. The arena must be idle."""
-        num_rows = min(CALIBRATION_ROWS, self._model.max_model_len, arena.num_slots)
+        num_rows = min(CALIBRATION_ROWS[self._model.device.type], self._model.max_model_len, arena.num_slots)
         group = RowGroup(Span(0, num_rows), *self._model.rows([0] * num_rows))
         for is_measured in (False, True):
             begin = time.perf_counter()

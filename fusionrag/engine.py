@@ -224,7 +224,9 @@ class Engine:
         names, prefix = self.prefix(plan.prefix.token_ids)
         candidates = plan_candidates(replace(names, owner=live.request.owner), plan, reuse)
         if self.config.route == "auto":
-            route = self._router.choose(plan, self._loader.locate(candidates), reuse.effective_ratio)
+            is_first_exact = bool(candidates) and candidates[0][0].kind == "raw"
+            sources = self._loader.locate(candidates)
+            route = self._router.choose(plan, sources, reuse.effective_ratio, is_first_exact)
             live.went(route)
             if route.way is Way.FULL:
                 self._prefill(live)
@@ -332,8 +334,8 @@ class Engine:
     def _release(self, live: LiveRequest) -> None:
         if live in self._live:
             self._live.remove(live)
-            if live.arrival is not None:  # else what is still on its way would be written into somebody else's span
-                live.arrival.wait_for_all()
+            if live.arrival is not None:  # KV still on its way needs the span, and the memory that it comes from
+                self.model.synchronize()
             self.arena.free(live.span)
 
 

@@ -80,7 +80,7 @@ class _Finder:
         return [self._tier_of(specs) for specs in candidates]
 
     def _tier_of(self, specs: Sequence[KVSpec]) -> KVSource | None:
-        held = self._held(specs[0])
+        held = self._first_held(specs)
         if held is not None:
             return held.source
         return KVSource.DISK if any(self._store.contains(spec) for spec in specs) else None
@@ -88,13 +88,20 @@ class _Finder:
     def find(self, candidates: Sequence[Sequence[KVSpec]]) -> Iterator[Found | None]:
         found: list[Found | Future[Found | None] | None] = []
         for specs in candidates:
-            held = self._held(specs[0])
+            held = self._first_held(specs)
             found.append(held if held is not None else self._pool.submit(self._search, specs))
         for item in found:
             yield item.result() if isinstance(item, Future) else item
 
+    def _first_held(self, specs: Sequence[KVSpec]) -> Found | None:
+        """What can be had without reading a file, of the first candidate that is stored at all."""
+        for spec in specs:
+            held = self._held(spec)
+            if held is not None or self._store.contains(spec):
+                return held
+        return None
+
     def _held(self, spec: KVSpec) -> Found | None:
-        """What can be had without touching the disk."""
         hit = self._store.recall(spec)
         return None if hit is None else Found(spec, hit.source, hit.payload)
 

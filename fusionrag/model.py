@@ -49,6 +49,17 @@ class ModelShape:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.itemsize
 
 
+def shape_of(config: Any) -> ModelShape:
+    """config: a supported decoder's."""
+    return ModelShape(
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        vocab_size=config.vocab_size,
+    )
+
+
 class LanguageModel:
     """A transformers decoder, run by rows. Not thread-safe: one thread runs `forward`."""
 
@@ -62,13 +73,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.rope: Rope = extract_rope(decoder.rotary_emb, limit)
         self.max_model_len = min(max_model_len or limit, limit)
-        self.shape = ModelShape(
-            num_layers=config.num_hidden_layers,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            vocab_size=config.vocab_size,
-        )
+        self.shape = shape_of(config)
         self._hf, self._decoder, self._head = hf.eval(), Decoder(decoder, config), hf.get_output_embeddings()
         self.dtype: torch.dtype = self._head.weight.dtype
         self.device: torch.device = self._head.weight.device

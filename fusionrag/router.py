@@ -56,15 +56,24 @@ class Router:
         self._probe_ms: float | None = None  # per token of the prompt
         self._bring_ms: dict[KVSource, float] = {}  # per token
 
-    def choose(self, plan: PromptPlan, sources: Sequence[KVSource | None], recompute_ratio: float) -> Route:
-        """sources: where each chunk's KV lies now, None where it has none."""
+    def choose(
+        self,
+        plan: PromptPlan,
+        sources: Sequence[KVSource | None],
+        recompute_ratio: float,
+        is_first_exact: bool = True,
+    ) -> Route:
+        """sources: where each chunk's KV lies now, None where it has none.
+
+        is_first_exact: the first chunk's is raw, so that nothing of it needs to be recomputed.
+        """
         predicted: dict[Way, float] = {}
         full = self._clock.prefill_ms(plan.num_tokens)
         reuse = self._reuse_ms(plan, sources, recompute_ratio)
         if full is None or reuse is None:
             return AS_ASKED
         predicted = {Way.REUSE: reuse, Way.FULL: full}
-        if plan.chunks and sources[0] in self._bring_ms:
+        if is_first_exact and plan.chunks and sources[0] in self._bring_ms:
             first = plan.chunks[0]
             rest = self._clock.range_ms(first.stop, plan.num_tokens)
             if rest is not None:

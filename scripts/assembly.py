@@ -18,6 +18,7 @@ from fusionrag.config import (
     StoreConfig,
 )
 from fusionrag.engine import Engine
+from fusionrag.memory import check_device_memory
 from fusionrag.model import LanguageModel, load_model, load_tokenizer
 from fusionrag.prompt import PromptBuilder
 from fusionrag.rag import Rag
@@ -57,9 +58,15 @@ def open_parts(args: argparse.Namespace, model: LanguageModel | None = None) -> 
     """As `open_rag`, for those who need its parts too."""
     data_dir = DataDir(args.data_dir)
     store_config = build(StoreConfig, args)
-    model = model or load_model(build(ModelConfig, args))
+    engine_config = build(EngineConfig, args)
+    if model is None:
+        check_device_memory(build(ModelConfig, args), engine_config, store_config)
+        model = load_model(build(ModelConfig, args))
     prompts = PromptBuilder(model.tokenizer, build(PromptConfig, args))
-    engine = Engine(model, open_store(data_dir.kv, store_config), build(EngineConfig, args), store_config.kv_codec)
+    store = open_store(data_dir.kv, store_config, for_gpu=model.device.type == "cuda")
+    engine = Engine(
+        model, store, engine_config, store_config.kv_codec, device_tier_bytes=store_config.device_tier_bytes
+    )
     engine.prefix(prompts.prefix_ids)  # now, not in the first request
     embedding = build(EmbeddingConfig, args)
     embedder = Embedder(embedding)

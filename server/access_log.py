@@ -63,12 +63,16 @@ def line(record: RequestRecord) -> str:
         "collection": record.collection,
         "finish_reason": record.outcome if record.generates else None,
         "total_ms": round(record.elapsed_ms(), 3),
-        "ttft_server_ms": None if record.ttft_server_ms is None else round(record.ttft_server_ms, 3),
+        "ttft_server_ms": _rounded(record.ttft_server_ms),
     }
     if (stats := record.stats) is not None:
         fields |= {
             "ttft_ms": round(stats.ttft_ms, 3),
+            "way": stats.way,
+            "predicted_ms": _rounded(stats.predicted_ms),
+            "predicted_full_ms": _rounded(stats.predicted_full_ms),
             "phases_ms": {name.removesuffix("_ms"): round(ms, 3) for name, ms in asdict(stats.phases).items()},
+            "kv_arrival_ms": round(stats.arrival_ms, 3),
             "prompt_tokens": stats.prompt_tokens,
             "completion_tokens": stats.completion_tokens,
             "reused_tokens": stats.reused_tokens,
@@ -76,6 +80,10 @@ def line(record: RequestRecord) -> str:
             "computed_tokens": stats.computed_tokens,
         }
     return json.dumps(fields)
+
+
+def _rounded(ms: float | None) -> float | None:
+    return None if ms is None else round(ms, 3)
 
 
 def write(record: RequestRecord) -> None:

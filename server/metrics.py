@@ -43,6 +43,12 @@ class Metrics:
         )
         self._tokens = Counter("fusionrag_tokens", "Tokens by how their KV came about", ["kind"], registry=registry)
         self._chunks = Counter("fusionrag_chunks", "Chunks by where their KV came from", ["source"], registry=registry)
+        self._ways = Counter(
+            "fusionrag_requests_by_way",
+            "Answers by how they got to their first token: reuse, prefix or full",
+            ["way"],
+            registry=registry,
+        )
         self._requests = Counter(
             "fusionrag_requests", "Completion requests by how they ended", ["finish_reason"], registry=registry
         )
@@ -83,6 +89,7 @@ class Metrics:
             self._ttft.observe(record.ttft_server_ms / 1e3)
         if (stats := record.stats) is None:
             return
+        self._ways.labels(stats.way).inc()
         for name, ms in asdict(stats.phases).items():
             self._phases.labels(name.removesuffix("_ms")).observe(ms / 1e3)
         for kind, num_tokens in (

@@ -93,6 +93,7 @@ def _attributes(record: RequestRecord, method: str) -> Iterator[tuple[str, str |
     if (stats := record.stats) is not None:
         yield "gen_ai.usage.input_tokens", stats.prompt_tokens
         yield "gen_ai.usage.output_tokens", stats.completion_tokens
+        yield "fusionrag.way", stats.way
         yield "fusionrag.reused_tokens", stats.reused_tokens
         yield "fusionrag.recomputed_tokens", stats.recomputed_tokens
         yield "fusionrag.computed_tokens", stats.computed_tokens

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from fusionrag.errors import StoreError
-from fusionrag.store.codec import EncodedKV
+from fusionrag.store.codec import EncodedKV, decode
 from fusionrag.types import ChunkKV, KVSource, KVSpec
 
 
@@ -38,7 +38,9 @@ class StoredHit:
 
     @property
     def kv(self) -> ChunkKV:
-        return self.payload.kv
+        """Decoded; not kept with the payload, which a tier counts by its encoded bytes alone."""
+        payload = self.payload
+        return payload.kv if payload.codec == "none" else decode(payload.tensors, payload.codec, payload.dtype)
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
 from fusionrag.config import EngineConfig, ModelConfig, PreprocessConfig, PromptConfig, StoreConfig
 from fusionrag.errors import ConfigError
 from fusionrag.layout import naming
+from fusionrag.memory import check_device_memory
 from fusionrag.model import load_model
 from fusionrag.preprocess.job import PreprocessJob
 from fusionrag.preprocess.related import related_chunks
@@ -61,6 +62,9 @@ def run(args: argparse.Namespace) -> int:
     data_dir = DataDir(args.data_dir)
     with data_dir.lock(exclusive=False), Catalogue(data_dir.catalogue) as catalogue:
         collection = catalogue.collection(args.collection)
+        check_device_memory(
+            build(ModelConfig, args), build(EngineConfig, args), replace(store_config, device_tier_bytes=0)
+        )
         model = load_model(build(ModelConfig, args))
         prompts = PromptBuilder(model.tokenizer, build(PromptConfig, args))
         if collection.encoder_fingerprint != prompts.fingerprint:
@@ -71,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         related = _set_related(catalogue, data_dir, args)
         chunk_ids = [c for i, c in enumerate(token_ids_of) if shard.has(i)][: args.limit or None]
         chunks = [PromptChunk(c, token_ids_of[c], related.get(c, ())) for c in chunk_ids]
-        store = open_store(data_dir.kv, store_config)
+        store = open_store(data_dir.kv, store_config, for_gpu=model.device.type == "cuda")
         names = naming(model, store_config.kv_codec, prompts.prefix_ids, collection.owner)
         job = PreprocessJob(model, store, names, token_ids_of, build(EngineConfig, args))
         computed = _run(job, chunks, catalogue, args.collection)

@@ -22,13 +22,22 @@ export function showReceipt(receipt, promptTokens, paintedMs) {
   byId("receipt").hidden = false;
 }
 
-function speed({ ttft_ms: ttft, predicted_full_ms: full }, paintedMs) {
+/** Why not every passage's KV was used, in words; nothing where it was. */
+function way({ way: taken, predicted_ms: predicted }) {
+  if (taken === "prefix") return " Only the first passage's KV was taken: that was predicted to be faster than waiting for the others'.";
+  if (taken === "full" && predicted !== null) return " It was prefilled in full: that was predicted to be faster than bringing stored KV.";
+  return taken === "full" ? " It was prefilled in full, as asked." : "";
+}
+
+function speed(receipt, paintedMs) {
+  const { ttft_ms: ttft, predicted_full_ms: full } = receipt;
+  const taken = way(receipt);
   const after = `First token after ${formatMs(ttft)}` + (paintedMs ? `, on the screen after ${formatMs(paintedMs)}.` : ".");
-  if (!full) return [`${after} Full prefill's time cannot be predicted yet.`];
+  if (!full) return [`${after} Full prefill's time cannot be predicted yet.`, taken];
   const factor = full / ttft;
   const words =
     factor >= 1.05 ? `${factor.toFixed(1)}× sooner` : factor <= 0.95 ? `${(1 / factor).toFixed(1)}× later` : "As soon";
-  return [el("strong", {}, words), ` ${words === "As soon" ? "as" : "than"} full prefill. ${after}`];
+  return [el("strong", {}, words), ` ${words === "As soon" ? "as" : "than"} full prefill. ${after}`, taken];
 }
 
 /** The phases that took time, and what is left between them. */

@@ -54,12 +54,20 @@ class ChunkReply(BaseModel):
 
 
 class Receipt(BaseModel):
-    """What one answer cost, up to its first token. Milliseconds as the engine measured them; `predicted_full_ms` is
-    what `ttft_ms` would be without reuse, null while the machine's speed is not known."""
+    """What one answer cost, up to its first token. Milliseconds as the engine measured them.
+
+    `way` is how it got there: reuse, prefix (the first passage's KV alone) or full. `predicted_ms` is what the engine
+    expected of it, waiting and retrieval aside; null where it went as asked, without a choice. `predicted_full_ms` is
+    what `ttft_ms` would be without reuse, null while the machine's speed is not known. `kv_arrival_ms` is how long
+    stored KV was on its way to the GPU, beside the phases; 0 on a CPU, where it is the phase `load`.
+    """
 
     ttft_ms: float
+    way: str
+    predicted_ms: float | None
     predicted_full_ms: float | None
     phases_ms: dict[str, float]
+    kv_arrival_ms: float
     reused_tokens: int
     recomputed_tokens: int
     computed_tokens: int
@@ -159,8 +167,11 @@ def receipt_reply(answer: Answer) -> Receipt:
     ]
     return Receipt(
         ttft_ms=stats.ttft_ms,
+        way=stats.way,
+        predicted_ms=stats.predicted_ms,
         predicted_full_ms=stats.predicted_full_ms,
         phases_ms={name.removesuffix("_ms"): ms for name, ms in asdict(stats.phases).items()},
+        kv_arrival_ms=stats.arrival_ms,
         reused_tokens=stats.reused_tokens,
         recomputed_tokens=stats.recomputed_tokens,
         computed_tokens=stats.computed_tokens,

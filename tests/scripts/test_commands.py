@@ -264,7 +264,7 @@ def test_bench_ttft_ends_with_one_line_of_json(tiny_model, capsys):
     args = ["bench", "ttft", "--model", str(tiny_model), "--num-chunks", "3", "--chunk-tokens", "64", "--repeats", "1"]
     assert main(args) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [row["method"] for row in result["rows"]] == ["full", "reuse", "default", "transformers"]
+    assert [row["method"] for row in result["rows"]] == ["full", "transformers", "reuse", "default"]
     assert all(row["ttft_ms_p50"] > 0 and row["n"] == 1 for row in result["rows"])
 
 

@@ -46,6 +46,7 @@ STATS = RequestStats(
     recomputed_tokens=2,
     computed_tokens=11,
     ttft_ms=36.0,
+    way="reuse",
     phases=PHASES,
     chunks=CHUNKS,
 )

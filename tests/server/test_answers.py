@@ -24,6 +24,8 @@ USAGE = {
     "prompt_tokens_details": {"cached_tokens": 7},
     "fusionrag": {
         "ttft_ms": 36.0,
+        "way": "reuse",
+        "predicted_ms": None,
         "predicted_full_ms": None,
         "phases_ms": {
             "queue": 1.0,
@@ -35,6 +37,7 @@ USAGE = {
             "recompute": 7.0,
             "sample": 8.0,
         },
+        "kv_arrival_ms": 0.0,
         "reused_tokens": 7,
         "recomputed_tokens": 2,
         "computed_tokens": 11,
@@ -224,6 +227,14 @@ async def test_the_phases_are_in_a_header_streamed_or_not(client, path: str, str
 async def test_an_answer_without_a_first_token_has_no_timing(client) -> None:
     assert "server-timing" not in (await client.post(CHAT, json=chat(n=2))).headers
     assert "server-timing" not in (await client.get("/v1/models")).headers
+
+
+async def test_an_answer_says_which_way_it_went_and_what_was_expected_of_it(rag: EchoRag) -> None:
+    rag.engine.stats = replace(STATS, way="prefix", predicted_ms=30.25, predicted_full_ms=40.5, arrival_ms=9.5)
+    async with open_app(rag) as client:
+        receipt = (await client.post(CHAT, json=chat("a"))).json()["usage"]["fusionrag"]
+    found = {name: receipt[name] for name in ("way", "predicted_ms", "predicted_full_ms", "kv_arrival_ms")}
+    assert found == {"way": "prefix", "predicted_ms": 30.25, "predicted_full_ms": 40.5, "kv_arrival_ms": 9.5}
 
 
 async def test_an_explained_answer_says_which_characters_were_recomputed(rag: EchoRag) -> None:

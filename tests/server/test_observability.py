@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from fusionrag.types import KVSource
 from server.access_log import RequestRecord
 from server.config import ServerConfig
-from tests.server.echo_rag import EchoEngine, EchoRag, chat, open_app
+from tests.server.echo_rag import CHUNKS, STATS, EchoEngine, EchoRag, chat, open_app
 
 pytestmark = pytest.mark.anyio
 
@@ -37,6 +39,7 @@ async def test_an_answer_is_counted_once_in_every_metric(client) -> None:
     kinds = ("reused", "recomputed", "computed", "generated")
     assert [samples["fusionrag_tokens_total", kind] for kind in kinds] == [21, 6, 33, 7]
     assert [samples["fusionrag_chunks_total", s] for s in ("host", "disk", "computed")] == [3, 3, 3]
+    assert samples["fusionrag_requests_by_way_total", "reuse"] == 3
     assert samples["fusionrag_requests_total", "stop"] == 2
     assert samples["fusionrag_requests_total", "length"] == 1
 
@@ -100,6 +103,9 @@ async def test_a_request_is_one_line_of_json_without_a_word_of_it(client, caplog
         "collection": "planets",
         "finish_reason": "stop",
         "ttft_ms": 36.0,
+        "way": "reuse",
+        "predicted_ms": None,
+        "predicted_full_ms": None,
         "phases_ms": {
             "queue": 1,
             "retrieve": 2,
@@ -110,6 +116,7 @@ async def test_a_request_is_one_line_of_json_without_a_word_of_it(client, caplog
             "recompute": 7,
             "sample": 8,
         },
+        "kv_arrival_ms": 0,
         "prompt_tokens": 20,
         "completion_tokens": 2,
         "reused_tokens": 7,
@@ -117,6 +124,26 @@ async def test_a_request_is_one_line_of_json_without_a_word_of_it(client, caplog
         "computed_tokens": 11,
     }
     assert not any(word in caplog.text for word in ("zanzibar", "alice", "Mars"))
+
+
+async def test_the_way_that_was_chosen_is_counted_and_logged_with_its_prediction(rag: EchoRag, caplog) -> None:
+    caplog.set_level(logging.INFO)
+    rag.engine.stats = replace(STATS, way="full", predicted_ms=30.12345, predicted_full_ms=40.5, arrival_ms=1.5)
+    async with open_app(rag) as client:
+        await client.post(CHAT, json=chat("a"))
+        line = line_of(caplog)
+        samples = await samples_of(client)
+    found = [line[name] for name in ("way", "predicted_ms", "predicted_full_ms", "kv_arrival_ms")]
+    assert found == ["full", 30.123, 40.5, 1.5]
+    assert samples["fusionrag_requests_by_way_total", "full"] == 1
+
+
+async def test_kv_that_was_on_the_device_is_counted_as_that(rag: EchoRag) -> None:
+    rag.engine.stats = replace(STATS, chunks=(replace(CHUNKS[0], source=KVSource.DEVICE), *CHUNKS[1:]))
+    async with open_app(rag) as client:
+        await client.post(CHAT, json=chat("a"))
+        samples = await samples_of(client)
+    assert [samples["fusionrag_chunks_total", s] for s in ("device", "disk", "computed")] == [1, 1, 1]
 
 
 async def test_a_refused_request_is_logged_too(client, caplog) -> None:

@@ -228,6 +228,22 @@ def test_an_answer_without_a_prediction_still_shows_its_phases(open_page, live: 
     expect(page.locator("#times .bar")).to_have_count(1)
 
 
+@pytest.mark.parametrize(
+    ("way", "predicted_ms", "words"),
+    [
+        ("full", 80.0, "prefilled in full: that was predicted to be faster"),
+        ("full", None, "prefilled in full, as asked"),
+        ("prefix", 30.0, "Only the first passage's KV was taken"),
+    ],
+)
+def test_an_answer_that_did_not_reuse_all_kv_says_why(way, predicted_ms, words, open_page, live: LiveServer) -> None:
+    live.rag.engine.stats = replace(EXPLAINED, way=way, predicted_ms=predicted_ms)
+    page = open_page(live.url)
+    ask(page, "red planet")
+    answered(page)
+    expect(page.locator("#speed")).to_contain_text(words)
+
+
 def test_what_was_recomputed_is_shaded_in_the_text_and_the_origin_of_the_kv_is_named(open_page, live) -> None:
     page = open_page(live.url)
     ask(page, "red planet")

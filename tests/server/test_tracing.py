@@ -74,6 +74,7 @@ async def test_a_request_is_one_span_with_what_it_took_and_not_a_word_of_it(clie
         "fusionrag.finish_reason": "stop",
         "gen_ai.usage.input_tokens": 20,
         "gen_ai.usage.output_tokens": 1,
+        "fusionrag.way": "reuse",
         "fusionrag.reused_tokens": 7,
         "fusionrag.recomputed_tokens": 2,
         "fusionrag.computed_tokens": 11,

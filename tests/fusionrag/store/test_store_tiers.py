@@ -14,15 +14,24 @@ from hypothesis import strategies as st
 from fusionrag.config import StoreConfig
 from fusionrag.store import DiskStore, HostTier, KVStore, MemoryStore, TieredStore, open_store
 from fusionrag.store.codec import CODECS
+from fusionrag.store.pinned import PinnedMemory
 from fusionrag.types import ChunkKV, KVSource
 
 
-@pytest.fixture(params=["memory", "disk", "tiered", "tiered, no host memory"])
+def encoded_tier(folder, capacity_bytes: int) -> TieredStore:
+    """As `open_store` makes it for a GPU, but that no page is locked: that takes one."""
+    pinned = PinnedMemory(capacity_bytes, slab_bytes=1 << 16, pin=False)
+    return TieredStore(DiskStore(folder), HostTier(capacity_bytes), pinned)
+
+
+@pytest.fixture(params=["memory", "disk", "tiered", "tiered, no host memory", "tiered, for a GPU"])
 def store(request, tmp_path) -> KVStore:
     if request.param == "memory":
         return MemoryStore()
     if request.param == "disk":
         return DiskStore(tmp_path)
+    if "GPU" in request.param:
+        return encoded_tier(tmp_path, 1 << 20)
     return open_store(tmp_path, StoreConfig(host_tier_bytes=0 if "no host" in request.param else 1 << 20))
 
 
@@ -103,6 +112,32 @@ def test_the_object_least_used_falls_back_to_disk(tmp_path, make_spec, make_kv):
         KVSource.HOST,
         KVSource.DISK,
     ]
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_for_a_gpu_host_memory_holds_the_codecs_bytes_and_nothing_decoded(codec, tmp_path, make_spec, make_kv):
+    spec = make_spec(num_tokens=64, codec=codec)
+    for _ in range(2):  # put, then read from disk
+        store = encoded_tier(tmp_path, 1 << 20)
+        if not list(store.digests()):
+            store.put(spec, make_kv(spec))
+        payloads = [store.get(spec).payload for _ in range(3)]
+        assert payloads[1] is payloads[2] and payloads[1].codec == codec
+        assert store.get(spec).kv.keys.equal(DiskStore(tmp_path).get(spec).kv.keys)
+        decoded = vars(payloads[1]).get("kv")
+        assert decoded is None or decoded.keys.data_ptr() == payloads[1].tensors["kv"].data_ptr(), "a view, or nothing"
+
+
+def test_for_a_gpu_objects_that_were_let_go_make_room_in_page_locked_memory(tmp_path, make_spec, make_kv):
+    specs = [make_spec(num_tokens=64, first_id=100 * i) for i in range(40)]
+    store = encoded_tier(tmp_path, 1 << 16)
+    for spec in specs:
+        store.put(spec, make_kv(spec))
+    hits = [store.recall(spec) for spec in specs]
+    held = [hit.payload for hit in hits if hit is not None]
+    assert 2 <= len(held) == sum(hit is not None for hit in hits[-len(held) :]), "the last ones"
+    starts = sorted(payload.tensors["kv"].data_ptr() for payload in held)
+    assert starts[-1] - starts[0] < 1 << 16, "all of them in the one slab"
 
 
 def test_open_store_passes_verify_checksum_on(tmp_path, make_spec, make_kv):
