@@ -50,7 +50,6 @@ class ForwardStep:
                 group.arrival.wait(layer)
             if group.observer is not None:
                 group.observer.before_write(layer, group, keys[rows].transpose(0, 1), values[rows].transpose(0, 1))
-        queries = queries.contiguous()  # a part of a wider projection, in some families
         arena_keys, arena_values = self.arena.keys[layer], self.arena.values[layer]
         prepare_rows_(queries, keys, values, self.cos, self.sin, self.slots, arena_keys, arena_values)
         for group, rows in self.slices():

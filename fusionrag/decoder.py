@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn.functional import rms_norm
+from torch.nn.functional import linear, rms_norm
 
 from fusionrag.attention import ForwardStep
 from fusionrag.kernels.swiglu import silu_mul
@@ -29,6 +29,7 @@ class DecoderLayer:
         self._attention, self._mlp = layer.self_attn, layer.mlp
         self._input_norm, self._mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
         self._head_dim = self._attention.head_dim
+        self._qkv = _joined_qkv(self._attention)
         self._sizes = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
         every = config.sliding_window if config.model_type in WINDOW_OF_ALL_LAYERS else None
         self.window: int | None = getattr(self._attention, "sliding_window", every)
@@ -38,10 +39,7 @@ class DecoderLayer:
     def project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """queries (R, H, D), keys and values (R, G, D), all before rotation."""
         attention, normed = self._attention, norm(hidden, self._input_norm)
-        if hasattr(attention, "qkv_proj"):
-            projected = attention.qkv_proj(normed).split([n * self._head_dim for n in self._sizes], dim=-1)
-        else:
-            projected = (attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed))
+        projected = linear(normed, *self._qkv).split([n * self._head_dim for n in self._sizes], dim=-1)
         queries, keys, values = (p.view(-1, n, self._head_dim) for p, n in zip(projected, self._sizes, strict=True))
         if hasattr(attention, "q_norm"):
             queries, keys = norm(queries, attention.q_norm), norm(keys, attention.k_norm)
@@ -59,6 +57,29 @@ class DecoderLayer:
         else:
             found = mlp(normed[None])[0]
         return found
+
+
+def _joined_qkv(attention: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias that give queries, keys and values in one product.
+
+    Where the model has three, they become views of the joined one: no weight is held twice, and the model's own forward
+    still works.
+    """
+    if hasattr(attention, "qkv_proj"):
+        return attention.qkv_proj.weight, attention.qkv_proj.bias
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    sizes = [p.weight.shape[0] for p in projections]
+    joined: list[torch.Tensor | None] = []
+    for name in ("weight", "bias"):
+        parts = [getattr(p, name) for p in projections]
+        whole = None if parts[0] is None else torch.cat([part.data for part in parts])
+        if whole is not None:
+            for part, view in zip(parts, whole.split(sizes), strict=True):
+                part.data = view
+        joined.append(whole)
+    weight, bias = joined
+    assert weight is not None
+    return weight, bias
 
 
 def norm(x: torch.Tensor, module: Any) -> torch.Tensor:
