@@ -6,6 +6,7 @@ the logits by far more than rounding does (`test_identities` checks that it does
 
 from __future__ import annotations
 
+import os
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from fusionrag.types import ChunkKV, KVKind, KVSpec, PromptChunk, PromptPlan, Se
 from index.types import chunk_id_of
 
 torch.set_num_threads(1)
+# commands and servers of the tests go the way that is asked for: models this small prefill faster than they reuse
+os.environ.setdefault("FUSIONRAG_ROUTE", "reuse")
 settings.register_profile("unhurried", deadline=None)  # a busy machine is not a failure
 settings.load_profile("unhurried")
 
