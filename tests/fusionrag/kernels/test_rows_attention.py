@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fusionrag.kernels.backend import INTERPRETED
 from fusionrag.kernels.row_plan import ROWS_PER_BLOCK, RequestRows, plan_rows
 from fusionrag.kernels.rows_attention import rows_attention, rows_attention_reference
 
@@ -91,7 +92,7 @@ def cases(draw):
 
 
 @given(cases())
-@settings(max_examples=60)
+@settings(max_examples=15 if INTERPRETED else 60)
 def test_any_rows_of_any_requests_attend_to_all_up_to_themselves(case):
     check(Case(**case))
 
@@ -126,7 +127,7 @@ def test_every_grouping_of_heads(device, num_heads, num_kv_heads):
 
 
 def test_decode_beside_prefill_beside_recompute(device):
-    check(Case([[700], range(150), [], range(3, 600, 7), [0], [520]], device=device))
+    check(Case([[700], range(50), [], range(3, 400, 7), [0], [520]], device=device))
 
 
 def test_no_rows_at_all(device):
@@ -135,10 +136,10 @@ def test_no_rows_at_all(device):
 
 
 def test_rows_in_pieces_give_what_they_give_at_once(device):
-    positions = [i + i // 6 for i in range(600)]
+    positions = [i + i // 6 for i in range(300)]
     at_once = Case([positions], device=device)
     whole = at_once.attend()
-    for cut in (slice(0, 3), slice(3, 400), slice(400, 600)):
+    for cut in (slice(0, 3), slice(3, 200), slice(200, 300)):
         own = at_once.plan.positions[cut]
         plan = plan_rows(own, own + 3, [RequestRows(0, len(own), 3, positions[-1] + 5)], 6, 2, 8, torch.float32)
         piece = rows_attention(at_once.queries[cut], at_once.keys, at_once.values, plan, SCALING)
@@ -173,10 +174,10 @@ def test_other_requests_slots_may_hold_anything(kernel_device, positions):
     assert torch.equal(case.attend(), expected)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64] if INTERPRETED else [64, 128, 256])
 @pytest.mark.parametrize("window", [None, 33])
 @pytest.mark.parametrize(
-    "positions", [[range(70)], [range(0, 600, 3)], [[555]], [[7, 300], range(90)]], ids=["dense", "some", "one", "two"]
+    "positions", [[range(70)], [range(0, 240, 3)], [[555]], [[7, 300], range(40)]], ids=["dense", "some", "one", "two"]
 )
 def test_error_is_at_most_twice_that_of_plain_torch(device, dtype, head_dim, window, positions):
     case = Case(positions, 6, 2, head_dim, window, dtype=dtype, device=device)
