@@ -20,7 +20,19 @@ try:
 except ImportError:  # there is no Triton on a machine without a GPU
     triton = tl = None
 
-__all__ = ["INTERPRETED", "LOG2_E", "capability", "jit", "jit_with", "padded", "takes", "tl", "to_device", "triton"]
+__all__ = [
+    "INTERPRETED",
+    "LOG2_E",
+    "capability",
+    "has_wgmma",
+    "jit",
+    "jit_with",
+    "padded",
+    "takes",
+    "tl",
+    "to_device",
+    "triton",
+]
 
 log = logging.getLogger(__name__)
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"  # for tests: kernels run on the CPU
@@ -74,6 +86,11 @@ def capability(device: torch.device) -> tuple[int, int]:
 @cache
 def _warn(name: str, reason: str) -> None:
     log.warning("kernel %s does not run, plain torch does, slower: %s", name, reason)
+
+
+def has_wgmma(device: torch.device) -> bool:
+    """Whether the matrix instructions of Hopper are there."""
+    return device.type == "cuda" and capability(device)[0] == 9
 
 
 def padded(n: int, at_least: int = 16) -> int:

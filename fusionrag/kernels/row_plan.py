@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 
 from fusionrag.kernels import rows_attention_hopper
-from fusionrag.kernels.backend import padded, takes, to_device
+from fusionrag.kernels.backend import has_wgmma, padded, takes, to_device
 
 ROWS_PER_BLOCK = 128  # of the reference: large enough for GEMM speed, small enough to skip most keys it cannot see
 
@@ -102,7 +102,7 @@ def plan_rows(
         return plan
     most_pairs = max(r.num_rows for r in requests) * group
     is_hopper = most_pairs > MANY_PAIRS and rows_attention_hopper.takes(device, dtype, head_dim, window)
-    shape = HOPPER if is_hopper else choose_shape(most_pairs, head_dim, dtype)
+    shape = HOPPER if is_hopper else choose_shape(most_pairs, head_dim, dtype, has_wgmma(device))
     tiles = _tiles(requests, group, shape.block_m)
     num_keys = max(r.span_length for r in requests)
     num_splits = 1 if is_hopper else _num_splits(len(tiles) * num_kv_heads, min(num_keys, window or num_keys), device)
@@ -119,13 +119,17 @@ MIN_KEYS_PER_SPLIT = 256
 PROGRAMS_PER_PROCESSOR = 2
 
 
-def choose_shape(num_pairs: int, head_dim: int, dtype: torch.dtype) -> TileShape:
-    """num_pairs: (row, query head) pairs of the largest request."""
+def choose_shape(num_pairs: int, head_dim: int, dtype: torch.dtype, has_wgmma: bool) -> TileShape:
+    """num_pairs: (row, query head) pairs of the largest request. has_wgmma: the GPU's matrix units read shared memory,
+    so that registers are free for larger tiles."""
+    is_wide = padded(head_dim) > 128
     if dtype == torch.float32:  # no matrix units in full fp32: registers decide
-        return TileShape(16, 32, 4, 2) if padded(head_dim) > 128 else TileShape(32, 64, 8, 2)
+        return TileShape(16, 32, 4, 2) if is_wide else TileShape(32, 64, 8, 2)
     if num_pairs <= 16:  # decode
-        return TileShape(16, 32, 4, 3) if padded(head_dim) > 128 else TileShape(16, 64, 4, 3)
-    return TileShape(128, 32, 8, 3) if padded(head_dim) > 128 else TileShape(64, 64, 4, 3)
+        return TileShape(16, 32, 4, 3) if is_wide else TileShape(16, 64, 4, 3)
+    if is_wide:
+        return TileShape(128, 32, 8, 3) if has_wgmma else TileShape(64, 32, 8, 2)
+    return TileShape(64, 64, 4, 3)
 
 
 def _num_splits(num_programs: int, num_keys: int, device: torch.device) -> int:

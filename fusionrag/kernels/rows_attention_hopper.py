@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fusionrag.kernels.backend import INTERPRETED, LOG2_E, capability, jit_with
+from fusionrag.kernels.backend import INTERPRETED, LOG2_E, has_wgmma, jit_with
 
 try:
     from triton.experimental import gluon
@@ -41,8 +41,8 @@ CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24  # of a thread, of the 65,536 t
 
 def takes(device: torch.device, dtype: torch.dtype, head_dim: int, window: int | None) -> bool:
     """Whether `attend` runs for a plan of these."""
-    is_known = gluon is not None and not INTERPRETED and device.type == "cuda" and capability(device) == (9, 0)
-    return is_known and dtype in (torch.bfloat16, torch.float16) and head_dim in STAGES and window is None
+    can_run = gluon is not None and not INTERPRETED and has_wgmma(device)
+    return can_run and dtype in (torch.bfloat16, torch.float16) and head_dim in STAGES and window is None
 
 
 def takes_layout(keys: torch.Tensor, values: torch.Tensor) -> bool:

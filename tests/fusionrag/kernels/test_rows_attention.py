@@ -190,6 +190,68 @@ def test_error_is_at_most_twice_that_of_plain_torch(device, dtype, head_dim, win
     assert worst <= 2 * allowed + rounding
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(28, 4), (8, 8), (12, 1)])
+@pytest.mark.parametrize(
+    "positions",
+    [[range(2100)], [range(2, 9000, 4)], [range(3, 8000, 3), [4000], range(40)]],
+    ids=["dense", "some", "three requests"],
+)
+def test_many_rows_in_half_precision(gpu, dtype, head_dim, num_heads, num_kv_heads, positions):
+    """What a kernel of its own runs on Hopper: error, log-sum-exp, and NaNs in the slots of others."""
+    case = Case(positions, num_heads, num_kv_heads, head_dim, dtype=dtype, device=gpu)
+    case.scaling = head_dim**-0.5
+    for r in case.requests:
+        behind = slice(r.span_start + max(positions[case.requests.index(r)]) + 1, r.span_start + r.span_length + 2)
+        case.keys[:, behind], case.values[:, behind] = 0, 0  # for the check, which multiplies them with 0
+    exact, exact_lse = case.spelled_out()
+    allowed = (case.spelled_out(dtype)[0].double() - exact).norm(dim=-1).max()
+    for r in case.requests:
+        behind = slice(r.span_start + max(positions[case.requests.index(r)]) + 1, r.span_start + r.span_length + 2)
+        case.keys[:, behind], case.values[:, behind] = float("nan"), float("nan")
+    out = torch.full_like(case.queries, float("nan"))
+    lse = torch.full(out.shape[:2], float("nan"), device=gpu)
+    case.attend(out=out, lse=lse)
+    assert (out.double() - exact).norm(dim=-1).max() <= 2 * allowed
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=1e-4)
+    assert torch.equal(case.attend(), out)
+
+
+def test_many_rows_over_slots_that_the_copy_engine_cannot_address(gpu):
+    case = Case([range(2100)], 4, 4, 64, dtype=torch.bfloat16, device=gpu)
+    expected = case.attend()
+    case.keys, case.values = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (case.keys, case.values))
+    torch.testing.assert_close(case.attend(), expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    "positions", [[range(0, 4400, 2)], [range(30), [700]], [[5], [900]]], ids=["many", "few", "decode"]
+)
+def test_a_captured_graph_follows_positions_slots_and_queries(gpu, positions):
+    kind = {"dtype": torch.bfloat16, "head_dim": 64, "device": gpu}
+    first, later = Case(positions, **kind), Case([[p + 1 for p in own] for own in positions], seed=1, **kind)
+    keys, values = (torch.zeros(2, 9000, 64, dtype=torch.bfloat16, device=gpu) for _ in range(2))
+    out, queries = torch.empty_like(first.queries), first.queries.clone()
+
+    def run():
+        rows_attention(queries, keys, values, first.plan, SCALING, out=out)
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    first_positions, first_slots = first.plan.positions.clone(), first.plan.slots.clone()
+    for case, at, slots in ((later, later.plan.positions, later.plan.slots), (first, first_positions, first_slots)):
+        keys[:, : case.keys.shape[1]], values[:, : case.keys.shape[1]] = case.keys, case.values
+        queries.copy_(case.queries)
+        first.plan.positions.copy_(at)
+        first.plan.slots.copy_(slots)
+        expected = case.attend()
+        graph.replay()
+        torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+
 def test_writes_nothing_but_the_output(device):
     case = Case([[1, 5, 6]], window=3, device=device)
     before = [x.clone() for x in (case.queries, case.keys, case.values, case.plan.positions, case.plan.slots)]
