@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench docs build clean
+.PHONY: help setup demo test test-kernels check bench docs build clean
 
 help: ## what there is to make
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 setup: $(VENV)/.ready ## a virtual environment with everything pinned in constraints.txt
 
@@ -32,6 +32,10 @@ demo: setup ## ingest, preprocess, serve and ask the sample corpus, with the TTF
 
 test: setup $(VENV)/llamaindex/.ready ## all tests, with coverage
 	$(BIN)/python -m pytest -q --durations=10 --cov --cov-report=term
+
+test-kernels: setup ## the GPU kernels without a GPU: interpreted, and compiled for sm_80 and sm_90 (needs Triton: 200 MB)
+	$(PIP) install -q -c constraints.txt triton
+	$(BIN)/python -m pytest -q --durations=5 tests/fusionrag/kernels
 
 check: setup ## formatting, lint and types
 	$(BIN)/ruff format --check .

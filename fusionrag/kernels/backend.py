@@ -20,7 +20,19 @@ try:
 except ImportError:  # there is no Triton on a machine without a GPU
     triton = tl = None
 
-__all__ = ["INTERPRETED", "LOG2_E", "jit", "padded", "takes", "tl", "to_device", "triton"]
+__all__ = [
+    "INTERPRETED",
+    "LOG2_E",
+    "capability",
+    "has_wgmma",
+    "jit",
+    "jit_with",
+    "padded",
+    "takes",
+    "tl",
+    "to_device",
+    "triton",
+]
 
 log = logging.getLogger(__name__)
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"  # for tests: kernels run on the CPU
@@ -35,7 +47,12 @@ def jit(*vague: str) -> Callable[[Callable[..., Any]], Any]:
 
     vague: arguments, by name, for whose value or alignment no code of its own is made: they change from pass to pass.
     """
-    return lambda body: body if triton is None else triton.jit(body, do_not_specialize=vague)
+    return jit_with(triton, *vague)
+
+
+def jit_with(compiler: Any, *vague: str) -> Callable[[Callable[..., Any]], Any]:
+    """The same of another compiler of Triton's; None where it is not there."""
+    return lambda body: body if compiler is None else compiler.jit(body, do_not_specialize=vague)
 
 
 def takes(name: str, device: torch.device, *dtypes: torch.dtype, head_dim: int = 1) -> bool:
@@ -53,7 +70,7 @@ def takes(name: str, device: torch.device, *dtypes: torch.dtype, head_dim: int =
 def _refusal(device: torch.device, dtypes: tuple[torch.dtype, ...], head_dim: int) -> str:
     if triton is None:
         return "Triton is not installed"
-    if _capability(device) < MIN_CAPABILITY:
+    if capability(device) < MIN_CAPABILITY:
         return f"the GPU's compute capability is below {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
     strange = [str(d) for d in dtypes if d not in DTYPES]
     if strange:
@@ -62,13 +79,18 @@ def _refusal(device: torch.device, dtypes: tuple[torch.dtype, ...], head_dim: in
 
 
 @cache
-def _capability(device: torch.device) -> tuple[int, int]:
+def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
 @cache
 def _warn(name: str, reason: str) -> None:
     log.warning("kernel %s does not run, plain torch does, slower: %s", name, reason)
+
+
+def has_wgmma(device: torch.device) -> bool:
+    """Whether the matrix instructions of Hopper are there."""
+    return device.type == "cuda" and capability(device)[0] == 9
 
 
 def padded(n: int, at_least: int = 16) -> int:

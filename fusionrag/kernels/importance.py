@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from fusionrag.kernels.backend import LOG2_E, jit, padded, takes, tl, triton
-from fusionrag.kernels.row_plan import RowPlan
+from fusionrag.kernels.row_plan import RowPlan, TileShape
 
 
 def attention_mass(
@@ -30,57 +30,56 @@ def attention_mass(
     if lse is None or not takes("attention_mass", keys.device, queries.dtype, keys.dtype, head_dim=head_dim):
         return attention_mass_reference(queries, keys, plan, rows, num_keys, scaling, lse)
     first, last = rows
-    mass = torch.empty(num_keys, dtype=torch.float32, device=keys.device)
-    block_m, block_n, num_warps, num_stages = _block_shape(head_dim, keys.dtype)
-    _attention_mass_kernel[(triton.cdiv(num_keys, block_n),)](
-        queries, keys, lse, mass, plan.positions, plan.slots,
-        *queries.stride()[:2], *keys.stride()[:2],
-        first, last, num_keys, keys.shape[0], scaling * LOG2_E,
-        GROUP=plan.group, HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK_M=block_m, BLOCK_N=block_n,
-        PRECISION="ieee" if keys.dtype == torch.float32 else "tf32", num_warps=num_warps, num_stages=num_stages,
+    num_kv_heads, shape = keys.shape[0], _block_shape(head_dim, keys.dtype)
+    parts = torch.empty(num_kv_heads, num_keys, dtype=torch.float32, device=keys.device)
+    _attention_mass_kernel[(triton.cdiv(num_keys, shape.block_n), num_kv_heads)](
+        queries, keys, lse, parts, plan.positions, plan.slots, *queries.stride()[:2], *keys.stride()[:2],
+        first, last, num_keys, scaling * LOG2_E,
+        GROUP=plan.group, HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK_M=shape.block_m, BLOCK_N=shape.block_n,
+        PRECISION="ieee" if keys.dtype == torch.float32 else "tf32",
+        num_warps=shape.num_warps, num_stages=shape.num_stages,
     )  # fmt: skip
-    return mass
+    return parts.sum(0)
 
 
-def _block_shape(head_dim: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """block_m (row, query head) pairs, block_n keys, warps, stages."""
+def _block_shape(head_dim: int, dtype: torch.dtype) -> TileShape:
     if dtype == torch.float32:
-        return 32, 32, 4, 2
-    return (64, 64, 4, 2) if padded(head_dim) <= 128 else (64, 32, 4, 2)
+        return TileShape(32, 32, 4, 2)
+    return TileShape(64, 128, 4, 2) if padded(head_dim) <= 128 else TileShape(64, 64, 4, 2)
 
 
-@jit("positions", "slots", "lse", "mass", "first", "last", "num_keys")
+@jit("positions", "slots", "lse", "parts", "first", "last", "num_keys")
 def _attention_mass_kernel(
-    queries, keys, lse, mass, positions, slots, stride_qr, stride_qh, stride_kg, stride_ks,
-    first, last, num_keys, num_kv_heads, scale,
+    queries, keys, lse, parts, positions, slots, stride_qr, stride_qh, stride_kg, stride_ks,
+    first, last, num_keys, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N keys, all heads and rows, added up in a fixed order."""
-    key_positions = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """One program: BLOCK_N keys of one head, all its rows, added up in a fixed order. parts: (G, num_keys)."""
+    first_key, kv_head = tl.program_id(0) * BLOCK_N, tl.program_id(1)
+    key_positions = first_key + tl.arange(0, BLOCK_N)
     at_d = tl.arange(0, BLOCK_D)
-    inside = (at_d < HEAD_DIM)[None, :]
     span_start = tl.load(slots + first) - tl.load(positions + first)
-    newest = tl.load(positions + last - 1)
-    key_tile = keys + (span_start + key_positions)[:, None] * stride_ks + at_d[None, :]
-    is_key = key_positions <= tl.minimum(newest, num_keys - 1)
-    received = tl.zeros([BLOCK_N], tl.float32)
-    if tl.program_id(0) * BLOCK_N <= newest:
-        for kv_head in range(num_kv_heads):
-            head_keys = tl.load(key_tile + tl.cast(kv_head, tl.int64) * stride_kg, is_key[:, None] & inside, other=0.0)
-            for pair in range(0, (last - first) * GROUP, BLOCK_M):
-                pairs = pair + tl.arange(0, BLOCK_M)
-                rows, heads = first + pairs // GROUP, kv_head * GROUP + pairs % GROUP
-                is_row = rows < last
-                own = tl.load(positions + rows, is_row, other=-1)
-                is_row = is_row & (tl.load(slots + rows, is_row, other=-1) >= 0)  # others only fill up the pass
-                at = rows.to(tl.int64)[:, None] * stride_qr + heads[:, None] * stride_qh + at_d[None, :]
-                some_queries = tl.load(queries + at, is_row[:, None] & inside, other=0.0)
-                scores = tl.dot(some_queries, tl.trans(head_keys), input_precision=PRECISION) * scale
-                norm = tl.load(lse + rows * num_kv_heads * GROUP + heads, is_row, other=0.0) * 1.4426950408889634
-                seen = is_row[:, None] & (own[:, None] >= key_positions[None, :])
-                received += tl.sum(tl.where(seen, tl.exp2(scores - norm[:, None]), 0.0), 0)
-    tl.store(mass + key_positions, received, mask=key_positions < num_keys)
+    newest = tl.minimum(tl.load(positions + last - 1), num_keys - 1)
+    at_key = kv_head.to(tl.int64) * stride_kg + (span_start + key_positions)[:, None] * stride_ks + at_d[None, :]
+    is_key = (key_positions <= newest)[:, None] & (at_d < HEAD_DIM)[None, :]
+    head_keys = tl.load(keys + at_key, mask=is_key, other=0.0)
+    received = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    num_pairs = (last - first) * GROUP if first_key <= newest else 0
+    for pair in range(0, num_pairs, BLOCK_M):
+        pairs = pair + tl.arange(0, BLOCK_M)
+        rows, heads = first + pairs // GROUP, kv_head * GROUP + pairs % GROUP
+        is_row = rows < last
+        own = tl.load(positions + rows, mask=is_row, other=-1)
+        is_row = is_row & (tl.load(slots + rows, mask=is_row, other=-1) >= 0)  # others only fill up the pass
+        at = rows.to(tl.int64)[:, None] * stride_qr + heads[:, None] * stride_qh + at_d[None, :]
+        some = tl.load(queries + at, mask=is_row[:, None] & (at_d < HEAD_DIM)[None, :], other=0.0)
+        norm = tl.load(lse + rows * tl.num_programs(1) * GROUP + heads, mask=is_row, other=0.0) * 1.4426950408889634
+        scores = tl.dot(head_keys, tl.trans(some), input_precision=PRECISION) * scale - norm[None, :]
+        seen = is_row[None, :] & (own[None, :] >= key_positions[:, None])
+        received += tl.where(seen, tl.exp2(scores), 0.0)
+    at_part = kv_head.to(tl.int64) * num_keys + key_positions
+    tl.store(parts + at_part, tl.sum(received, 1), mask=key_positions < num_keys)
 
 
 def attention_mass_reference(

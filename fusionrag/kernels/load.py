@@ -106,13 +106,24 @@ def _stored_numbers(
         if OF_VALUES:
             per_token: tl.constexpr = (HEAD_DIM + GROUP - 1) // GROUP
             distance = num_tokens * per_token
-            at = halves + (pair * 2).to(tl.int64) * distance + tokens * per_token + channels // GROUP
+            at = halves + (pair * 2).to(tl.int64) * distance + tokens * per_token + FIRST // GROUP
+            if FIRST % GROUP == 0 and COUNT % GROUP == 0 and COUNT == BLOCK:  # whole groups: one scale for each
+                at += tl.arange(0, BLOCK // GROUP)[None, :]
+                scale = tl.load(at, mask=is_token, other=0.0).to(tl.float32)[:, :, None]
+                low = tl.load(at + distance, mask=is_token, other=0.0).to(tl.float32)[:, :, None]
+                grouped = tl.reshape(numbers, (numbers.shape[0], BLOCK // GROUP, GROUP))
+                numbers = tl.reshape(grouped * scale + low, (numbers.shape[0], BLOCK))
+            else:
+                at += channels // GROUP - FIRST // GROUP
+                scale = tl.load(at, mask=wanted, other=0.0).to(tl.float32)
+                numbers = numbers * scale + tl.load(at + distance, mask=wanted, other=0.0).to(tl.float32)
         else:
             distance = tl.cdiv(num_tokens, GROUP) * HEAD_DIM
             at = halves + (pair * 2).to(tl.int64) * distance + first_token // GROUP * HEAD_DIM + channels
-            wanted = channels < FIRST + COUNT
-        scale = tl.load(at, mask=wanted, other=0.0).to(tl.float32)
-        return numbers * scale + tl.load(at + distance, mask=wanted, other=0.0).to(tl.float32)
+            in_range = channels < FIRST + COUNT
+            scale = tl.load(at, mask=in_range, other=0.0).to(tl.float32)
+            numbers = numbers * scale + tl.load(at + distance, mask=in_range, other=0.0).to(tl.float32)
+        return numbers
     if CODEC == "int8":
         eighths = (source + kv_at).to(tl.pointer_type(tl.int8))
         numbers = tl.load(eighths + row * HEAD_DIM + channels, mask=wanted, other=0).to(tl.float32)
@@ -138,7 +149,8 @@ def _load_kernel(
     num_tokens = tl.load(row + 3).to(tl.int32)
     if begin >= num_tokens:
         return
-    kv_at = tl.multiple_of(tl.load(row), 16)
+    # a multiple of 16, but a thread shall load as many numbers at once as it stores: 8
+    kv_at = tl.multiple_of(tl.load(row), 16 if CODEC == "none" else 8)
     key_scales_at, value_scales_at = tl.multiple_of(tl.load(row + 1), 4), tl.multiple_of(tl.load(row + 2), 4)
     tokens = begin + tl.arange(0, BLOCK_T)[:, None]
     is_token = tokens < num_tokens

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from fusionrag.kernels import rows_attention_hopper
 from fusionrag.kernels.backend import LOG2_E, jit, padded, takes, tl
 from fusionrag.kernels.row_plan import RowPlan
 
@@ -50,9 +51,13 @@ def _launch(
     out: torch.Tensor,
     lse: torch.Tensor | None,
 ) -> None:
+    assert plan.tiles is not None and plan.shape is not None
+    if plan.is_hopper and rows_attention_hopper.takes_layout(keys, values):
+        rows = plan.positions, plan.slots, plan.tiles
+        rows_attention_hopper.attend(queries, keys, values, *rows, scaling, out, lse)
+        return
     num_rows, num_heads, head_dim = queries.shape
     num_kv_heads, shape, splits = keys.shape[0], plan.shape, plan.num_splits
-    assert plan.tiles is not None and shape is not None
     parts, part_lse = out, lse
     if splits > 1:
         parts = torch.empty(splits, num_rows, num_heads, head_dim, dtype=torch.float32, device=out.device)
@@ -69,7 +74,7 @@ def _launch(
     if splits > 1:
         _join_splits_kernel[(num_rows, num_heads)](
             parts, part_lse, out, lse, *out.stride()[:2], num_rows, num_heads, splits,
-            HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK_S=8, HAS_LSE=lse is not None, num_warps=2,
+            HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK_S=32, HAS_LSE=lse is not None, num_warps=4,
         )  # fmt: skip
 
 

@@ -21,10 +21,19 @@ from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
-from fusionrag.kernels import backend, importance, load, prepare_rows, row_plan, rows_attention, swiglu
+from fusionrag.kernels import (
+    backend,
+    importance,
+    load,
+    prepare_rows,
+    row_plan,
+    rows_attention,
+    rows_attention_hopper,
+    swiglu,
+)
 from fusionrag.kernels.row_plan import RequestRows, plan_rows
 
-MAX_SPILLS = 64  # bytes a thread, stored
+MAX_SPILLS = 96  # bytes a thread, stored
 MAX_SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes a block may have
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
@@ -56,8 +65,11 @@ def compile_instead_of_launching(capability: int) -> list[tuple[str, Any]]:
     JITFunction.run = run
     triton.runtime.driver.set_active(Target(capability))
     for module in (importance, load, prepare_rows, row_plan, rows_attention, swiglu):
-        if hasattr(module, "takes"):
-            module.takes = lambda *_, **__: True
+        module.takes = lambda *_, **__: True
+    row_plan.MANY_PAIRS, row_plan.has_wgmma = 512, lambda _: capability == 90
+    rows_attention_hopper.takes = lambda _, dtype, head_dim, window: (
+        capability == 90 and dtype.itemsize == 2 and head_dim in rows_attention_hopper.STAGES and window is None
+    )
     return compiled
 
 

@@ -28,6 +28,12 @@ def kernel_device(request):
     return request.param
 
 
+@pytest.fixture(params=[CUDA])
+def gpu(request):
+    """Where neither reference nor interpreter will do."""
+    return request.param
+
+
 @pytest.fixture(params=DTYPES)
 def dtype(request):
     return DTYPES[request.param]
