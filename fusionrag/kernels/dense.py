@@ -67,8 +67,10 @@ def choose_dense(
     """
     if device.type != "cuda":
         if wanted in ("flash-attn", "sdpa"):
-            raise ConfigError("dense_attention", f"{wanted} serves GPUs only; the model is on the {device.type}")
-        return DenseAttention("rows", f"rows attention serves all rows of a {device.type}")
+            raise ConfigError(
+                "dense_attention", f"{wanted} serves GPUs only; the model is on the {device.type.upper()}"
+            )
+        return DenseAttention("rows", f"it serves all rows on a {device.type.upper()}")
     if wanted == "rows":
         return DenseAttention("rows", "asked for")
     if dtype not in DTYPES:
