@@ -15,6 +15,7 @@ import torch
 
 from fusionrag.arena import KVArena
 from fusionrag.kernels.backend import to_device
+from fusionrag.kernels.dense import DenseAttention
 from fusionrag.kernels.prepare_rows import prepare_rows_
 from fusionrag.kernels.row_plan import RequestRows, RowPlan, plan_rows
 from fusionrag.kernels.rows_attention import rows_attention
@@ -38,6 +39,7 @@ class ForwardStep:
     slots: torch.Tensor
     cos: torch.Tensor
     sin: torch.Tensor
+    dense: DenseAttention | None = None  # what serves groups without gaps; None: `rows_attention` as all others
     plans: dict[int | None, RowPlan] = field(default_factory=dict)  # by window, made at the first layer that has it
 
     def write(self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -59,8 +61,14 @@ class ForwardStep:
 
     def attend(self, layer: int, queries: torch.Tensor, scaling: float, window: int | None) -> torch.Tensor:
         """queries (R, H, D), rotated. Each row over its own span up to its own position; (R, H, D)."""
-        plan = self.plan(queries.shape[1], window)
-        return rows_attention(queries, self.arena.keys[layer], self.arena.values[layer], plan, scaling)
+        keys, values = self.arena.keys[layer], self.arena.values[layer]
+        if self.dense is not None and all(_is_dense(g, self.dense, window) for g in self.groups):
+            found = []
+            for group, rows in self.slices():
+                seen = slice(group.span.start, group.span.start + (group.first_position or 0) + group.num_rows)
+                found.append(self.dense(queries[rows], keys[:, seen], values[:, seen], scaling))
+            return found[0] if len(found) == 1 else torch.cat(found)
+        return rows_attention(queries, keys, values, self.plan(queries.shape[1], window), scaling)
 
     def plan(self, num_heads: int, window: int | None) -> RowPlan:
         if window not in self.plans:
@@ -90,11 +98,23 @@ class ForwardStep:
     def of_wanted(self) -> ForwardStep:
         """The same pass with the wanted rows alone; their keys and values are written already."""
         groups = tuple(
-            replace(g, token_ids=g.token_ids[-g.num_logits :], positions=g.positions[-g.num_logits :])
+            replace(
+                g,
+                token_ids=g.token_ids[-g.num_logits :],
+                positions=g.positions[-g.num_logits :],
+                first_position=None if g.first_position is None else g.first_position + g.num_rows - g.num_logits,
+            )
             for g in self.groups
             if g.num_logits
         )
         if sum(g.num_rows for g in groups) == len(self.positions):
             return self
         own = self.wanted
-        return ForwardStep(groups, self.arena, self.positions[own], self.slots[own], self.cos[own], self.sin[own])
+        return ForwardStep(
+            groups, self.arena, self.positions[own], self.slots[own], self.cos[own], self.sin[own], self.dense
+        )
+
+
+def _is_dense(group: RowGroup, dense: DenseAttention, window: int | None) -> bool:
+    first = group.first_position
+    return first is not None and dense.takes(group.num_rows, first + group.num_rows, window)

@@ -12,6 +12,7 @@ from typing import Any
 from fusionrag.errors import ConfigError
 
 MAX_AUTO_ARENA_TOKENS = 65536
+DENSE_ATTENTION = ("auto", "flash-attn", "sdpa", "rows")
 METHODS = ("attention", "fusionrag", "cacheblend", "epic", "random", "full", "reuse")
 
 
@@ -35,7 +36,18 @@ class ModelConfig:
     dtype: str = knob("auto", "'float32', 'bfloat16', 'float16', or 'auto' (float32 on CPU, bfloat16 on CUDA)")
     max_model_len: int = knob(0, "longest prompt plus answer in tokens; 0 takes the model's own limit")
 
+    dense_attention: str = knob(
+        "auto",
+        "what attends where all rows of a prompt are run on a GPU: flash-attn (4, 3 or 2, where installed), sdpa "
+        "(torch's fused kernels), rows (our own kernel, which serves everything else), or auto: the first that works",
+    )
+
     def __post_init__(self) -> None:
+        require(
+            self.dense_attention in DENSE_ATTENTION,
+            "dense_attention",
+            f"must be one of {', '.join(DENSE_ATTENTION)}, got {self.dense_attention!r}",
+        )
         require(self.dtype in ("auto", "float32", "bfloat16", "float16"), "dtype", f"unknown dtype {self.dtype!r}")
         require(self.max_model_len >= 0, "max_model_len", "must be 0 (the model's own limit) or positive")
 

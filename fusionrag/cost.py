@@ -52,7 +52,7 @@ class PrefillClock:
     def calibrate(self, arena: KVArena) -> None:
         """Measures one dense pass, after one to warm up. The arena must be idle."""
         num_rows = min(CALIBRATION_ROWS[self._model.device.type], self._model.max_model_len, arena.num_slots)
-        group = RowGroup(Span(0, num_rows), *self._model.rows([0] * num_rows))
+        group = RowGroup(Span(0, num_rows), *self._model.rows([0] * num_rows), first_position=0)
         for is_measured in (False, True):
             begin = time.perf_counter()
             self._model.forward([group], arena)

@@ -235,14 +235,15 @@ class Engine:
                 candidates = candidates[:1]
         stitched = stitch_(self.model, self._loader, self.arena, live.span, plan, candidates, prefix)
         live.note(load_ms=stitched.load_ms, reposition_ms=stitched.reposition_ms)
-        live.stitched, live.pending, live.arrival = stitched, stitched.missing, stitched.arrival
+        live.stitched, live.arrival = stitched, stitched.arrival
+        live.queue(stitched.missing, stitched.first_missing)
         live.prefill_begin = Mark.now(self.model.device)
         if not live.num_pending:
             self._select(live)
 
     def _prefill(self, live: LiveRequest) -> None:
         """Queues every token of the prompt."""
-        live.pending = torch.arange(live.plan.num_tokens, device=self.model.device)
+        live.queue(torch.arange(live.plan.num_tokens, device=self.model.device), first=0)
         live.stats = replace(live.stats, computed_tokens=live.plan.num_tokens)
         live.prefill_begin = Mark.now(self.model.device)
 
@@ -265,7 +266,8 @@ class Engine:
         selection = choose(inputs, stitched.num_reused)
         selected = selection.positions
         live.observer = correction(self.model, self.arena, plan, stitched.chunk_of, selected, reuse.correction)
-        live.pending, live.stitched = recompute_positions(plan, selected), None
+        live.stitched = None
+        live.queue(recompute_positions(plan, selected))
         live.choose(stitched, selected)
         live.time("recompute_ms", live.prefill_begin, selection.begin)  # computing missing chunks in place
         live.time("probe_ms", selection.begin, selection.probed)

@@ -23,6 +23,13 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 UNUSED = -1  # the slot of a row that only fills up the batch
 
 
+def why_not_captured(model: LanguageModel) -> str:
+    """Why this model decodes without graphs, in words; empty where it has them."""
+    if model.device.type != "cuda":
+        return f"the model is on the {model.device.type.upper()}"
+    return "experts are chosen on the host" if model.is_mixture else ""
+
+
 @dataclass(frozen=True)
 class _Captured:
     """Buffers of one batch size B. token_ids, positions, slots: (B,) int64; logits (B, V) fp32."""
@@ -41,7 +48,7 @@ class DecodeGraphs:
         self._model, self._arena = model, arena
         self._captured: dict[int, _Captured] = {}
         self._pool: tuple[int, int] | None = None
-        self._is_on = model.device.type == "cuda" and not model.is_mixture  # experts are chosen on the host
+        self._is_on = not why_not_captured(model)
 
     def run(self, groups: Sequence[RowGroup]) -> torch.Tensor | None:
         """Logits (len(groups), V) of one row a group, or None where no graph serves. Valid until the next run."""

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 
 import torch
 
@@ -81,6 +81,7 @@ class Stitched:
     """A span whose stored KV is in place, or on its way (`arrival`).
 
     missing: (M,) positions of chunk tokens that have to be computed in place, ascending.
+    first_missing: the first of them where there is no gap between them; else None.
     candidates: (K,) positions of reused tokens that may be selected, ascending.
     chunk_of: (N,) the chunk of each position, -1 for prefix and tail.
     """
@@ -93,6 +94,7 @@ class Stitched:
     load_ms: float  # finding it
     reposition_ms: float  # bringing it into the span; on a GPU, queueing that
     arrival: KVArrival | None = None
+    first_missing: int | None = None
 
 
 @torch.inference_mode()
@@ -100,7 +102,7 @@ def compute_prefix(model: LanguageModel, prefix_ids: tuple[int, ...]) -> ChunkKV
     """The prefix's KV, un-rotated, on the model's device. Every prompt of a collection begins with it."""
     capture, ids = CaptureKV(), model.rows(prefix_ids)
     arena = model.new_arena(len(prefix_ids))
-    model.forward([RowGroup(Span(0, len(prefix_ids)), *ids, observer=capture)], arena)
+    model.forward([RowGroup(Span(0, len(prefix_ids)), *ids, observer=capture, first_position=0)], arena)
     return capture.chunk_kv()
 
 
@@ -143,6 +145,7 @@ def stitch_(
         load_ms=(found_at - begin) * 1e3,
         reposition_ms=(time.perf_counter() - found_at) * 1e3,
         arrival=arrival,
+        first_missing=_first_of_run(missing),
     )
 
 
@@ -150,6 +153,12 @@ def _positions(segments: Sequence[Segment], device: torch.device) -> torch.Tenso
     """All positions of these segments, ascending, int64."""
     runs = [torch.arange(s.start, s.stop) for s in segments]
     return to_device(torch.cat(runs) if runs else torch.empty(0, dtype=torch.int64), device)
+
+
+def _first_of_run(segments: Sequence[Segment]) -> int | None:
+    """Where the segments begin, if each begins where the one before it ends."""
+    is_run = segments and all(before.stop == after.start for before, after in pairwise(segments))
+    return segments[0].start if is_run else None
 
 
 def _chunk_of(plan: PromptPlan, device: torch.device) -> torch.Tensor:

@@ -45,6 +45,7 @@ class LiveRequest:
         ids[: request.plan.num_tokens] = torch.tensor(request.plan.token_ids)
         self.token_ids = to_device(ids, model.device)
         self.pending = torch.empty(0, dtype=torch.int64, device=model.device)  # positions still to run, ascending
+        self._first_pending: int | None = None  # where the pending positions are known to have no gap
         self.observer: AttentionObserver | None = None
         self.stitched: Stitched | None = None  # until its tokens are selected
         self.arrival: KVArrival | None = None  # until its first token
@@ -75,14 +76,20 @@ class LiveRequest:
         """The next `num_rows` pending rows; logits are wanted when they are the last before a token."""
         positions, self.pending = self.pending[:num_rows], self.pending[num_rows:]
         wants_token = not self.is_filling and not len(self.pending)
-        ids = self.token_ids[positions]
-        return RowGroup(self.span, ids, positions, int(wants_token), self.observer, self.arrival)
+        ids, first = self.token_ids[positions], self._first_pending
+        if first is not None:
+            self._first_pending = first + num_rows
+        return RowGroup(self.span, ids, positions, int(wants_token), self.observer, self.arrival, first)
+
+    def queue(self, positions: torch.Tensor, first: int | None = None) -> None:
+        """positions: (R,) ascending, to be run. first: the first of them, if it is known that there is no gap."""
+        self.pending, self._first_pending = positions, first
 
     def append(self, token_id: int) -> None:
         """A generated token: the next row to run."""
         position = self.plan.num_tokens + self.num_generated - 1
         self.token_ids[position] = token_id
-        self.pending = torch.arange(position, position + 1, device=self.token_ids.device)
+        self.queue(torch.arange(position, position + 1, device=self.token_ids.device))
 
     def note(self, **elapsed_ms: float) -> None:
         self.stats = replace(self.stats, phases=self.stats.phases.plus(**elapsed_ms))

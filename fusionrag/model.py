@@ -27,6 +27,7 @@ from fusionrag.config import ModelConfig
 from fusionrag.decoder import Decoder
 from fusionrag.errors import ConfigError, ModelNotFound, UnsupportedModel
 from fusionrag.kernels.backend import to_device
+from fusionrag.kernels.dense import choose_dense
 from fusionrag.rope import Rope, extract_rope
 from fusionrag.types import RowGroup
 
@@ -63,7 +64,9 @@ def shape_of(config: Any) -> ModelShape:
 class LanguageModel:
     """A transformers decoder, run by rows. Not thread-safe: one thread runs `forward`."""
 
-    def __init__(self, hf: Any, tokenizer: Any, name: str, max_model_len: int = 0) -> None:
+    def __init__(
+        self, hf: Any, tokenizer: Any, name: str, max_model_len: int = 0, dense_attention: str = "auto"
+    ) -> None:
         """hf: a `…ForCausalLM` of a supported family; its weights are used, its own forward is not."""
         config = hf.config
         check_supported(config)
@@ -77,6 +80,8 @@ class LanguageModel:
         self._hf, self._decoder, self._head = hf.eval(), Decoder(decoder, config), hf.get_output_embeddings()
         self.dtype: torch.dtype = self._head.weight.dtype
         self.device: torch.device = self._head.weight.device
+        s = self.shape
+        self.dense = choose_dense(dense_attention, self.device, self.dtype, s.num_heads, s.num_kv_heads, s.head_dim)
 
     def new_arena(self, num_slots: int) -> KVArena:
         s = self.shape
@@ -102,7 +107,7 @@ class LanguageModel:
         slots: torch.Tensor,
     ) -> torch.Tensor:
         """`forward` of rows that are spelled out already. token_ids, positions, slots: (R,) int64, on the device."""
-        step = ForwardStep(tuple(groups), arena, positions, slots, *self.rope.tables(positions))
+        step = ForwardStep(tuple(groups), arena, positions, slots, *self.rope.tables(positions), dense=self.dense)
         logits: torch.Tensor = self._head(self._decoder.forward(token_ids, step)).float()
         return logits
 
@@ -215,7 +220,8 @@ def load_model(config: ModelConfig) -> LanguageModel:
     except (OSError, ValueError) as error:
         raise ModelNotFound(f"model {config.model!r}: {error}") from error
     name = config.model if config.model == default_model.ALIAS else Path(path).name
-    return LanguageModel(hf.to(device), tokenizer, name, config.max_model_len)  # type: ignore[arg-type]
+    hf = hf.to(device)  # type: ignore[arg-type]
+    return LanguageModel(hf, tokenizer, name, config.max_model_len, config.dense_attention)
 
 
 @contextmanager

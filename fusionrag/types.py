@@ -93,6 +93,7 @@ class RowGroup:
     num_logits: int = 0  # logits are wanted for the last `num_logits` rows
     observer: AttentionObserver | None = None
     arrival: KVArrival | None = None  # what the rows must wait for
+    first_position: int | None = None  # where positions are known, without asking the device, to have no gap; else None
 
     @property
     def num_rows(self) -> int:

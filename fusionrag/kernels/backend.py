@@ -32,6 +32,7 @@ __all__ = [
     "tl",
     "to_device",
     "triton",
+    "why_not",
 ]
 
 log = logging.getLogger(__name__)
@@ -57,17 +58,21 @@ def jit_with(compiler: Any, *vague: str) -> Callable[[Callable[..., Any]], Any]:
 
 def takes(name: str, device: torch.device, *dtypes: torch.dtype, head_dim: int = 1) -> bool:
     """Whether kernel `name` runs for these; if it does not on a GPU, one warning tells why the reference runs."""
-    if INTERPRETED:
-        return device.type == "cpu" and torch.bfloat16 not in dtypes  # Triton's interpreter is wrong for bfloat16
-    if device.type != "cuda":
-        return False
-    reason = _refusal(device, dtypes, head_dim)
-    if reason:
+    reason = why_not(device, *dtypes, head_dim=head_dim)
+    if reason and device.type == "cuda":
         _warn(name, reason)
     return not reason
 
 
-def _refusal(device: torch.device, dtypes: tuple[torch.dtype, ...], head_dim: int) -> str:
+def why_not(device: torch.device, *dtypes: torch.dtype, head_dim: int = 1) -> str:
+    """Why no kernel runs for these, in words; empty where kernels do."""
+    if INTERPRETED:
+        is_wrong = torch.bfloat16 in dtypes
+        return (
+            "Triton's interpreter is wrong for bfloat16" if is_wrong else "" if device.type == "cpu" else "interpreted"
+        )
+    if device.type != "cuda":
+        return f"the model is on the {device.type.upper()}"
     if triton is None:
         return "Triton is not installed"
     if capability(device) < MIN_CAPABILITY:

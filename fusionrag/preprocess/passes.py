@@ -47,7 +47,8 @@ def compute_chunks(model: LanguageModel, arena: KVArena, prefix: ChunkKV, jobs: 
             spans.append(span)
             _lay_out(model, arena, span, prefix, job)
             captures.append(CaptureKV())
-            groups.append(RowGroup(span, *model.rows(job.token_ids, begin), observer=captures[-1]))
+            rows = model.rows(job.token_ids, begin)
+            groups.append(RowGroup(span, *rows, observer=captures[-1], first_position=begin))
         model.forward(groups, arena)
     finally:
         for span in spans:

@@ -82,8 +82,9 @@ def cacheblend_scores(inputs: ScoreInputs) -> torch.Tensor:
     """
     probe = _DeviationProbe(inputs)
     stop = inputs.plan.tail.start
-    ids, positions = inputs.model.rows(inputs.plan.token_ids[:stop])
-    _observe(inputs.model, RowGroup(inputs.span, ids, positions, observer=probe, arrival=inputs.arrival), inputs.arena)
+    rows = inputs.model.rows(inputs.plan.token_ids[:stop])
+    group = RowGroup(inputs.span, *rows, observer=probe, arrival=inputs.arrival, first_position=0)
+    _observe(inputs.model, group, inputs.arena)
     return probe.importance
 
 

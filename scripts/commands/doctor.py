@@ -1,15 +1,15 @@
-"""`fusionrag doctor`: what is installed and chosen, what is cached, and why a chunk would miss its stored KV."""
+"""`fusionrag doctor`: what is installed, what runs on what, what is cached, and why a chunk would miss its KV."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from fusionrag.config import ModelConfig, PromptConfig, StoreConfig
+from fusionrag.backends import describe_backends, describe_memory
+from fusionrag.config import EngineConfig, ModelConfig, PromptConfig, StoreConfig
 from fusionrag.errors import FusionRAGError
 from fusionrag.layout import Naming, naming
 from fusionrag.model import LanguageModel, load_model
@@ -20,8 +20,6 @@ from fusionrag.types import KVSpec, PromptChunk
 from index import Catalogue, DataDir, KVObject
 from scripts.assembly import device_name, versions
 from scripts.options import add_common_flags, add_config_flags, build
-
-ACCELERATORS = {"flash_attn": "not used yet: attention runs on torch SDPA", "triton": "not used yet"}
 
 DIFFERENCES = {  # field of a KVSpec → what a user calls it
     "model_fingerprint": "model",
@@ -37,16 +35,21 @@ DIFFERENCES = {  # field of a KVSpec → what a user calls it
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
-    add_config_flags(parser, ModelConfig, PromptConfig, StoreConfig)
+    add_config_flags(parser, ModelConfig, PromptConfig, StoreConfig, EngineConfig)
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 1 when the model cannot be loaded; everything else is reported."""
-    report: dict[str, object] = {"versions": versions(), "optional": _optional()}
+    report: dict[str, object] = {"versions": versions()}
+    config, engine_config = build(StoreConfig, args), build(EngineConfig, args)
     model: LanguageModel | None = None
     try:
+        memory = describe_memory(build(ModelConfig, args), engine_config, config)  # before any is taken
         model = load_model(build(ModelConfig, args))
         report["model"] = _describe(model)
+        report["backends"] = describe_backends(model, engine_config, config)
+        if memory:
+            report["device_memory"] = memory
     except FusionRAGError as error:
         report["model"] = {"error": str(error)}
     data_dir = DataDir(args.data_dir)
@@ -56,7 +59,6 @@ def run(args: argparse.Namespace) -> int:
     }
     if model is not None:
         prompts = PromptBuilder(model.tokenizer, build(PromptConfig, args))
-        config = build(StoreConfig, args)
         store = open_store(data_dir.kv, config)
         with Catalogue(data_dir.catalogue) as catalogue:
             report["collections"] = {
@@ -135,10 +137,6 @@ def _as_json(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _optional() -> dict[str, str]:
-    return {name: use if importlib.util.find_spec(name) else "not installed" for name, use in ACCELERATORS.items()}
-
-
 def _describe(model: LanguageModel) -> dict[str, object]:
     return {
         "name": model.name,
@@ -148,7 +146,6 @@ def _describe(model: LanguageModel) -> dict[str, object]:
         "layers": model.shape.num_layers,
         "kv_bytes_per_token": model.shape.kv_bytes_per_token(model.dtype),
         "fingerprint": model.fingerprint[:16],
-        "attention": "torch scaled_dot_product_attention over row blocks",
     }
 
 

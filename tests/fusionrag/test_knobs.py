@@ -19,6 +19,7 @@ NAN = float("nan")
     [
         ("ModelConfig", "dtype", ["float64", "half", ""]),
         ("ModelConfig", "max_model_len", [-1]),
+        ("ModelConfig", "dense_attention", ["", "flash", "flash_attn"]),
         ("PromptConfig", "chunk_template", ["{text}", "{title}", ""]),
         ("PromptConfig", "untitled_chunk_template", ["", "text"]),
         ("PromptConfig", "question_template", ["Q:"]),

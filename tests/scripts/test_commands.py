@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from fusionrag import kernels
+from fusionrag.backends import KERNELS
 from index import Catalogue, DataDir
 from scripts.cli import main
 
@@ -106,6 +110,26 @@ def test_doctor_explains_a_hit_a_raw_fallback_and_a_miss(preprocessed, capsys):
     gone_from_disk = "its file is gone from the store (evicted by hand?); run preprocess"
     assert found[f"raw KV is there; fused KV is not: {gone_from_disk}"] == 1
     assert found[f"miss: {gone_from_disk}"] == 1
+
+
+def test_doctor_says_what_runs_on_what_and_why(preprocessed, capsys):
+    assert preprocessed("doctor", "--json", "--host-tier-bytes", 0, "--device", "cpu") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["backends"] == {
+        "dense_attention": "rows (it serves all rows on a CPU)",
+        "kernels": dict.fromkeys(KERNELS, "plain torch: the model is on the CPU"),
+        "decoding": "plain passes: the model is on the CPU",
+        "loading": "before the passes",
+        "host_tier": "off (host_tier_bytes = 0)",
+        "device_tier": "none: the model is on the CPU",
+        "route": "the fastest way, as predicted",
+    }
+    assert "device_memory" not in report
+
+
+def test_doctor_knows_every_kernel():
+    asked = [re.findall(r'takes\("(\w+)"', p.read_text()) for p in Path(kernels.__file__).parent.glob("*.py")]
+    assert {name for names in asked for name in names} == set(KERNELS)
 
 
 @pytest.mark.parametrize(
