@@ -10,11 +10,12 @@ Invariant: the rate comes from measured passes alone; where none has been measur
 from __future__ import annotations
 
 import time
+from typing import Protocol
 
 import torch
 
 from fusionrag.arena import KVArena
-from fusionrag.model import LanguageModel
+from fusionrag.model import LanguageModel, ModelShape
 from fusionrag.types import RowGroup, Span
 
 CALIBRATION_ROWS = {"cpu": 512, "cuda": 4096}  # enough for the rate of long prefills, too few to be noticed at start
@@ -22,7 +23,20 @@ _MIN_ROWS = 128  # shorter passes spend their time on overhead, not on FLOPs
 _NEW_SHARE = 0.2  # weight of the latest pass in the moving average
 
 
-def pass_flops(model: LanguageModel, num_rows: int, mean_visible: float) -> float:
+class DecoderSize(Protocol):
+    """What the cost of a pass depends on; a `LanguageModel` has it, and so has one whose weights nobody has."""
+
+    @property
+    def shape(self) -> ModelShape: ...
+
+    @property
+    def num_active_parameters(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+def pass_flops(model: DecoderSize, num_rows: int, mean_visible: float) -> float:
     """FLOPs of `num_rows` rows that see `mean_visible` slots each, on average."""
     shape = model.shape
     attention = 4 * shape.num_layers * shape.num_heads * shape.head_dim * mean_visible

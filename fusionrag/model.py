@@ -133,13 +133,7 @@ class LanguageModel:
 
     @cached_property
     def num_active_parameters(self) -> int:
-        """Parameters that every row meets: no embeddings and no head; of experts, those that are chosen."""
-        config = self._hf.config
-        experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 1
-        share = getattr(config, "num_experts_per_tok", experts) / experts
-        embedding = self._hf.get_input_embeddings().weight
-        weights = {n: w for n, w in self._hf.get_decoder().named_parameters() if w.ndim > 1 and w is not embedding}
-        return int(sum(w.numel() * (share if ".experts." in n else 1) for n, w in weights.items()))
+        return active_parameters(self._hf)
 
     @cached_property
     def eos_ids(self) -> frozenset[int]:
@@ -163,6 +157,16 @@ class LanguageModel:
             sample = flat[:: max(1, flat.numel() // FINGERPRINT_SAMPLES)].float().cpu()
             digest.update(f"{name}{tuple(weight.shape)}".encode() + sample.numpy().tobytes())
         return digest.hexdigest()
+
+
+def active_parameters(hf: Any) -> int:
+    """Parameters that every row meets: no embeddings and no head; of experts, those that are chosen."""
+    config = hf.config
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 1
+    share = getattr(config, "num_experts_per_tok", experts) / experts
+    embedding = hf.get_input_embeddings().weight
+    weights = {n: w for n, w in hf.get_decoder().named_parameters() if w.ndim > 1 and w is not embedding}
+    return int(sum(w.numel() * (share if ".experts." in n else 1) for n, w in weights.items()))
 
 
 _NOT_IN_FINGERPRINT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")

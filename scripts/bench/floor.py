@@ -16,8 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fusionrag.cost import pass_flops
-from fusionrag.model import LanguageModel
+from fusionrag.cost import DecoderSize, pass_flops
 from fusionrag.types import PromptPlan
 
 MATRIX_SIDE = {"cuda": 8192, "cpu": 1024}
@@ -64,14 +63,14 @@ class Floor:
         return max(self.load_ms, self.probe_ms + self.recompute_ms)
 
 
-def full_floor(model: LanguageModel, plan: PromptPlan, ceilings: Ceilings) -> Floor:
+def full_floor(model: DecoderSize, plan: PromptPlan, ceilings: Ceilings) -> Floor:
     """Of full prefill: nothing but its FLOPs."""
     flops = pass_flops(model, plan.num_tokens, plan.num_tokens / 2)
     return Floor(0.0, 0.0, flops / ceilings.matrix_flops_per_s * 1e3)
 
 
 def reuse_floor(
-    model: LanguageModel, plan: PromptPlan, num_selected: int, load_bytes: int, load_rate: float, ceilings: Ceilings
+    model: DecoderSize, plan: PromptPlan, num_selected: int, load_bytes: int, load_rate: float, ceilings: Ceilings
 ) -> Floor:
     """load_bytes: of all chunks as they are stored; load_rate: bytes/s of where they come from.
 

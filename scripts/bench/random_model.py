@@ -5,6 +5,7 @@ Shapes are those of the models' public configuration files. The tokenizer is one
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from fusionrag.config import ModelConfig
 from fusionrag.errors import ConfigError
-from fusionrag.model import LanguageModel, resolve_device, resolve_dtype
+from fusionrag.model import LanguageModel, ModelShape, active_parameters, resolve_device, resolve_dtype, shape_of
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen2.5-7b": {
@@ -62,25 +63,47 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+@dataclass(frozen=True)
+class PublishedShape:
+    """A `fusionrag.cost.DecoderSize`: enough to tell what a decoder costs, without weights."""
+
+    shape: ModelShape
+    num_active_parameters: int
+    dtype: torch.dtype
+
+
+def published_shape(name: str, dtype: torch.dtype) -> PublishedShape:
+    """Raises ConfigError for an unknown shape."""
+    hf_config = _config(name)
+    with torch.device("meta"):
+        hf = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)  # type: ignore[no-untyped-call]
+    return PublishedShape(shape_of(hf_config), active_parameters(hf), dtype)
+
+
 def random_model(shape: str, config: ModelConfig) -> tuple[LanguageModel, Any]:
     """The model, and the stock transformers decoder whose weights it uses. Raises ConfigError for an unknown shape."""
-    if shape not in SHAPES:
-        raise ConfigError("shape", f"unknown shape {shape!r}; one of {', '.join(SHAPES)}")
-    device = resolve_device(config.device)
-    settings = dict(SHAPES[shape])
-    hf_config = AutoConfig.for_model(settings.pop("model_type"), **settings, bos_token_id=256, eos_token_id=257)
+    hf_config, device = _config(shape), resolve_device(config.device)
     torch.manual_seed(0)
     with device:
-        hf = AutoModelForCausalLM.from_config(
+        hf = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             hf_config, dtype=resolve_dtype(config.dtype, device), attn_implementation="sdpa"
         )
-    return LanguageModel(hf.eval(), _byte_tokenizer(), f"{shape}, random weights", config.max_model_len), hf
+    name = f"{shape}, random weights"
+    return LanguageModel(hf.eval(), _byte_tokenizer(), name, config.max_model_len, config.dense_attention), hf
+
+
+def _config(shape: str) -> Any:
+    if shape not in SHAPES:
+        raise ConfigError("shape", f"unknown shape {shape!r}; one of {', '.join(SHAPES)}")
+    settings = dict(SHAPES[shape])
+    return AutoConfig.for_model(settings.pop("model_type"), **settings, bos_token_id=256, eos_token_id=257)
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, normalized=False) for token in ("<|begin|>", "<|end|>")])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|begin|>", eos_token="<|end|>")
+    ends = {"bos_token": "<|begin|>", "eos_token": "<|end|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **ends)  # type: ignore[no-untyped-call]

@@ -14,6 +14,7 @@ from pathlib import Path
 from time import perf_counter
 
 from fusionrag.config import EngineConfig, StoreConfig
+from fusionrag.cost import DecoderSize
 from fusionrag.engine import Engine
 from fusionrag.errors import ConfigError
 from fusionrag.loading import NUM_READERS
@@ -36,7 +37,7 @@ class Tier:
     def name(self) -> str:
         return self.place if self.codec == "none" else f"{self.place}-{self.codec}"
 
-    def num_bytes(self, model: LanguageModel, chunk_lengths: Sequence[int]) -> int:
+    def num_bytes(self, model: DecoderSize, chunk_lengths: Sequence[int]) -> int:
         """Of chunks of these lengths, as they are stored."""
         s = model.shape
         shapes = [KVShape(s.num_layers, s.num_kv_heads, length, s.head_dim) for length in chunk_lengths]

@@ -1,12 +1,19 @@
-"""`fusionrag bench ttft | decode | kernels | load | ingest`: speed. The last line printed is the result as JSON."""
+"""`fusionrag bench ttft | floor | decode | kernels | load | ingest`: speed. The last line is the result as JSON."""
 
 from __future__ import annotations
 
 import argparse
 
-from scripts.bench import decode, ingest, kernels, load, ttft
+from scripts.bench import decode, floor_table, ingest, kernels, load, ttft
 
-BENCHES = {"ttft": ttft, "decode": decode, "kernels": kernels, "load": load, "ingest": ingest}
+BENCHES = {
+    "ttft": ttft,
+    "floor": floor_table,
+    "decode": decode,
+    "kernels": kernels,
+    "load": load,
+    "ingest": ingest,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
