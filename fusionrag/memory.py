@@ -53,7 +53,8 @@ class MemoryNeed:
         return sum(asdict(self).values())
 
     def __str__(self) -> str:
-        return ", ".join(f"{name.replace('_', ' ')} {_gib(num_bytes)}" for name, num_bytes in asdict(self).items())
+        named = {name.replace("_", " ").replace("kv", "KV"): num_bytes for name, num_bytes in asdict(self).items()}
+        return ", ".join(f"{name} {_gib(num_bytes)}" for name, num_bytes in named.items() if num_bytes)
 
 
 def footprint(hf_config: Any, dtype: torch.dtype, kv_codec: str, max_model_len: int = 0) -> Footprint:
