@@ -244,9 +244,8 @@ def test_a_step_without_a_choice_is_rows_attentions():
 class TestOnAGpu:
     @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_what_is_chosen_gives_the_definition(self, dtype, head_dim, caplog):
-        caplog.set_level(logging.WARNING)
-        chosen = choose_dense("auto", torch.device("cuda"), dtype, 28, 4, head_dim)
+    def test_torchs_fused_kernels_give_the_definition(self, dtype, head_dim):
+        chosen = choose_dense("sdpa", torch.device("cuda"), dtype, 28, 4, head_dim)
         assert chosen.function is not None, chosen.why
         for num_rows, num_before in [*SIZES[3:], (1000, 0), (777, 1234)]:
             inputs = draw(num_rows, num_before, 28, 4, head_dim, "cuda", dtype)
@@ -254,6 +253,11 @@ class TestOnAGpu:
             error = (chosen(*inputs, head_dim**-0.5) - exact).abs().max()
             own = (dense_reference(*inputs, head_dim**-0.5) - exact).abs().max()  # rounded once, at the end
             assert error <= 4 * own + 1e-3
+
+    def test_a_choice_is_made_without_a_warning(self, caplog):
+        caplog.set_level(logging.WARNING)
+        assert choose_dense("auto", torch.device("cuda"), torch.bfloat16, 28, 4, 128).why
+        assert caplog.records == []
 
     def test_every_library_that_is_here_is_tried(self):
         for wanted in ("sdpa", "rows", "flash-attn"):
