@@ -39,7 +39,7 @@ class DecoderLayer:
     def project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """queries (R, H, D), keys and values (R, G, D), all before rotation."""
         attention, normed = self._attention, norm(hidden, self._input_norm)
-        projected = linear(normed, *self._qkv).split([n * self._head_dim for n in self._sizes], dim=-1)
+        projected = linear(normed, *self._qkv).split([n * self._head_dim for n in self._sizes], dim=-1)  # type: ignore[no-untyped-call]
         queries, keys, values = (p.view(-1, n, self._head_dim) for p, n in zip(projected, self._sizes, strict=True))
         if hasattr(attention, "q_norm"):
             queries, keys = norm(queries, attention.q_norm), norm(keys, attention.k_norm)
@@ -74,7 +74,7 @@ def _joined_qkv(attention: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         parts = [getattr(p, name) for p in projections]
         whole = None if parts[0] is None else torch.cat([part.data for part in parts])
         if whole is not None:
-            for part, view in zip(parts, whole.split(sizes), strict=True):
+            for part, view in zip(parts, whole.split(sizes), strict=True):  # type: ignore[no-untyped-call]
                 part.data = view
         joined.append(whole)
     weight, bias = joined

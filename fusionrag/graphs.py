@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -47,7 +48,7 @@ class DecodeGraphs:
     def __init__(self, model: LanguageModel, arena: KVArena) -> None:
         self._model, self._arena = model, arena
         self._captured: dict[int, _Captured] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None  # the memory that all graphs share; torch names its type differently in each version
         self._is_on = not why_not_captured(model)
 
     def run(self, groups: Sequence[RowGroup]) -> torch.Tensor | None:

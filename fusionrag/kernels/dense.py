@@ -83,7 +83,7 @@ def choose_dense(
             raise ConfigError("dense_attention", reason)
         return DenseAttention("rows", reason)
     makers = {"flash-attn": _flash_attention, "sdpa": _sdpa}
-    refused = []
+    refused: list[str] = []
     for name, make in makers.items():
         if wanted not in ("auto", name):
             continue

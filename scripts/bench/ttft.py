@@ -116,7 +116,7 @@ def _load(args: argparse.Namespace) -> tuple[LanguageModel, Stock | None]:
 
         path = model_path(build(ModelConfig, args))
         hf = AutoModelForCausalLM.from_pretrained(path, dtype=model.dtype, attn_implementation="sdpa")
-        hf = hf.to(model.device).eval()
+        hf = hf.to(model.device).eval()  # type: ignore[arg-type]
     return model, _stock(hf, model)
 
 
