@@ -106,15 +106,15 @@ class SearchConfig:
     top_k: int = knob(10, "passages retrieved for a question")
     search_mode: str = knob(
         "hybrid",
-        "how passages are found: dense (by meaning: embeddings), lexical (by words: BM25), or hybrid (both, joined by "
-        "reciprocal rank fusion)",
+        "how passages are found: dense (by meaning: embeddings), lexical (by words: BM25), or hybrid (both: the sum "
+        "of their scores)",
     )
-    lexical_weight: float = knob(0.5, "share of the lexical ranking in hybrid search; the dense one has the rest")
+    lexical_weight: float = knob(0.5, "share of the lexical score in hybrid search; the dense one has the rest")
     score_threshold: float = knob(
         0.0,
         "least score of a retrieved passage; 0: no threshold. The score is the cosine in dense search, b / (b + 10) of "
-        "the BM25 value b in lexical search, in hybrid search the fused ranks as a share of the best possible (at most "
-        "the weight of the one ranking that has the passage), and with a re-ranker its judgement; all are at most 1",
+        "the BM25 value b in lexical search, in hybrid search the weighted mean of cosine and BM25 value, each as a "
+        "share of the best one found, and with a re-ranker its judgement; all are at most 1",
     )
     max_similarity: float = knob(
         0.98,

@@ -14,7 +14,7 @@ MAX_RESULTS = 50
 
 
 class HybridSearch(Strict):
-    """The weights of reciprocal rank fusion; only their ratio counts."""
+    """What the scores of the two searches count for in their sum; only the ratio matters."""
 
     embedding_weight: float = Field(ge=0)
     text_weight: float = Field(ge=0)
