@@ -22,6 +22,7 @@ from fusionrag.model import LanguageModel, load_model, load_tokenizer
 from fusionrag.prompt import PromptBuilder
 from fusionrag.rag import Rag
 from fusionrag.store import open_store
+from fusionrag.store.tiered import TieredStore
 from fusionrag.upkeep import Upkeep
 from index import Catalogue, DataDir, Embedder, Reranker, Retriever
 from index.config import ChunkingConfig, EmbeddingConfig, SearchConfig, VectorIndexConfig
@@ -43,6 +44,7 @@ class Parts:
     catalogue: Catalogue
     embedder: Embedder
     retriever: Retriever
+    store: TieredStore
 
 
 @contextmanager
@@ -59,7 +61,8 @@ def open_parts(args: argparse.Namespace, model: LanguageModel | None = None) -> 
     store_config = build(StoreConfig, args)
     model = model or load_model(build(ModelConfig, args))
     prompts = PromptBuilder(model.tokenizer, build(PromptConfig, args))
-    engine = Engine(model, open_store(data_dir.kv, store_config), build(EngineConfig, args), store_config.kv_codec)
+    store = open_store(data_dir.kv, store_config)
+    engine = Engine(model, store, build(EngineConfig, args), store_config.kv_codec)
     engine.prefix(prompts.prefix_ids)  # now, not in the first request
     embedding = build(EmbeddingConfig, args)
     embedder = Embedder(embedding)
@@ -77,7 +80,7 @@ def open_parts(args: argparse.Namespace, model: LanguageModel | None = None) -> 
             retriever,
             search,
         )
-        yield Parts(rag, data_dir, catalogue, embedder, retriever)
+        yield Parts(rag, data_dir, catalogue, embedder, retriever, store)
 
 
 def live_collections(args: argparse.Namespace, parts: Parts) -> LiveCollections:
