@@ -85,7 +85,7 @@ def open_parts(args: argparse.Namespace, model: LanguageModel | None = None) -> 
 
 def live_collections(args: argparse.Namespace, parts: Parts) -> LiveCollections:
     """What a server needs to change collections while it serves: uploads, their ingest, and the upkeep of their KV."""
-    from server.config import IngestionConfig
+    from server.config import IngestionConfig, ServerConfig
     from server.ingest_messages import Setup
     from server.ingestion import Ingestion
     from server.live import LiveCollections
@@ -103,7 +103,7 @@ def live_collections(args: argparse.Namespace, parts: Parts) -> LiveCollections:
     rag, catalogue, embedder = parts.rag, parts.catalogue, parts.embedder
     fingerprint = rag.prompts.fingerprint
     return LiveCollections(
-        Library(catalogue, parts.data_dir),
+        Library(catalogue, parts.data_dir, build(ServerConfig, args).max_owner_bytes),
         Ingestion(IngestQueue(catalogue, parts.data_dir), setup, config.ingest_timeout_s),
         parts.retriever,
         MadeWith(fingerprint, embedder.fingerprint, embedder.dim),
