@@ -23,7 +23,7 @@ from index.data_dir import DataDir
 from index.duplicates import Kept
 from index.errors import CollectionMismatch, CollectionNotFound, InvalidValue
 from index.filters import Filter
-from index.fusion import relative_score_fusion
+from index.fusion import reciprocal_rank_fusion, relative_score_fusion
 from index.ingest import embedding_text
 from index.lexical import saturated
 from index.types import Collection, FloatArray, IntArray, ScoredChunk, StoredChunk, TextEmbedder, TextReranker
@@ -159,7 +159,8 @@ class Retriever:
         is_all = all(len(found) < limit for found in (*dense, *lexical))
         by_meaning, by_words = _merged(dense), _merged(lexical)
         if asked.search.search_mode == "hybrid":
-            return relative_score_fusion([(by_meaning, 1 - weight), (by_words, weight)]), is_all
+            fuse = relative_score_fusion if asked.search.fusion == "scores" else reciprocal_rank_fusion
+            return fuse([(by_meaning, 1 - weight), (by_words, weight)]), is_all
         return by_meaning or [(row, saturated(value)) for row, value in by_words], is_all
 
     def _by_words(self, asked: _Asked, scope: _Scope, limit: int) -> _Ranking:

@@ -87,7 +87,7 @@ class ScoredChunk:
 
     dense       cosine of question and chunk, in [-1, 1]
     lexical     b / (b + 10) of the BM25 value b, in (0, 1)
-    hybrid      weighted mean of cosine and BM25 value, each as a share of the best one found, in [0, 1]
+    hybrid      weighted sum of shares of the best (see `fusion`), in [0, 1]
     re-ranked   the re-ranker's logit through a sigmoid, in (0, 1), whatever found the chunk
     """
 

@@ -6,6 +6,7 @@ the logits by far more than rounding does (`test_identities` checks that it does
 
 from __future__ import annotations
 
+import os
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from fusionrag.types import ChunkKV, KVKind, KVSpec, PromptChunk, PromptPlan, Se
 from index.types import chunk_id_of
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for what tests start: threads that wait for each other take cores too
 settings.register_profile("unhurried", deadline=None)  # a busy machine is not a failure
 settings.load_profile("unhurried")
 

@@ -14,7 +14,7 @@ MAX_RESULTS = 50
 
 
 class HybridSearch(Strict):
-    """What the scores of the two searches count for in their sum; only the ratio matters."""
+    """What each of the two searches counts for; only the ratio matters."""
 
     embedding_weight: float = Field(ge=0)
     text_weight: float = Field(ge=0)

@@ -25,7 +25,7 @@ from index import (
     ingest,
 )
 from index.filters import Comparison
-from index.fusion import relative_score_fusion
+from index.fusion import reciprocal_rank_fusion, relative_score_fusion
 
 
 @pytest.fixture
@@ -154,6 +154,14 @@ def test_fusion_adds_up_scores_as_shares_of_each_rankings_best():
     assert relative_score_fusion([([(1, -0.2), (2, -0.3)], 1.0), ([], 0.0)]) == [(1, 0.0), (2, 0.0)]
 
 
+def test_fusion_by_rank_adds_up_reciprocal_ranks_as_a_share_of_the_best_possible():
+    dense, lexical = [(7, 0.9), (8, 0.8), (9, 0.1)], [(8, 0.5), (5, 0.4)]
+    fused = reciprocal_rank_fusion([(dense, 0.4), (lexical, 0.6)])
+    assert dict(fused) == pytest.approx({7: 0.4, 8: 0.4 * 11 / 12 + 0.6, 9: 0.4 * 11 / 13, 5: 0.6 * 11 / 12})
+    assert [row for row, _ in fused] == [8, 5, 7, 9]
+    assert reciprocal_rank_fusion([(dense, 0.5), (dense, 0.5)])[0] == (7, 1.0)
+
+
 @given(
     dense=st.dictionaries(st.integers(0, 9), st.floats(-1, 1)),
     lexical=st.dictionaries(st.integers(0, 9), st.floats(1e-3, 1e3)),
@@ -161,17 +169,19 @@ def test_fusion_adds_up_scores_as_shares_of_each_rankings_best():
     weight=st.floats(0, 1),
 )
 def test_fusion_does_not_depend_on_the_scale_of_a_ranking(dense, lexical, scale, weight):
-    ours = relative_score_fusion([(list(dense.items()), 1 - weight), (list(lexical.items()), weight)])
-    scaled = [(row, score * scale) for row, score in lexical.items()]
-    theirs = relative_score_fusion([(list(dense.items()), 1 - weight), (scaled, weight)])
+    by_meaning, by_words = (sorted(r.items(), key=lambda item: -item[1]) for r in (dense, lexical))
+    ours = relative_score_fusion([(by_meaning, 1 - weight), (by_words, weight)])
+    scaled = [(row, score * scale) for row, score in by_words]
+    theirs = relative_score_fusion([(by_meaning, 1 - weight), (scaled, weight)])
     assert dict(ours) == pytest.approx(dict(theirs), abs=1e-9)
     assert all(0 <= score <= 1 for _, score in ours) and {row for row, _ in ours} == {*dense, *lexical}
 
 
-def test_hybrid_search_finds_what_either_search_finds(retriever, add):
+@pytest.mark.parametrize("fusion", ["scores", "ranks"])
+def test_hybrid_search_finds_what_either_search_finds(retriever, add, fusion):
     """The first shares words with the question; the second only its meaning, which this embedder sees in no word."""
     add("d", *(f"granite {i} is hard" for i in range(150)), "the zebra swims", "the penguin dives")
-    hybrid = SearchConfig(search_mode="hybrid", max_similarity=1, top_k=200)
+    hybrid = SearchConfig(search_mode="hybrid", fusion=fusion, max_similarity=1, top_k=200)
     hits = retriever.search("c", "penguin dives", hybrid)
     assert len(hits) == 152 and hits[0].score == pytest.approx(1.0)
     assert texts(hits)[0] == "the penguin dives"
