@@ -20,30 +20,26 @@ Ranking: TypeAlias = Sequence[tuple[RowT, float]]  # (row, score), best first
 _RANK_CONSTANT = 10
 
 
-def relative_score_fusion(rankings: Iterable[tuple[Ranking[RowT], float]]) -> list[tuple[RowT, float]]:
+def fuse(rankings: Iterable[tuple[Ranking[RowT], float]], fusion: str) -> Ranking[RowT]:
     """One ranking of several, each with its weight (which add up to 1); equals stay in the order of their naming.
 
-    A row's score is the sum of weight × score / best score over the rankings that have it with a score above 0.
+    A row's score is the sum of weight × share over the rankings that have it. fusion: 'scores' (relative score fusion)
+    or 'ranks' (reciprocal rank fusion); see `SearchConfig`.
     """
-    return _summed(
-        ((row, weight * max(score, 0.0) / ranking[0][1]) if ranking[0][1] > 0 else (row, 0.0))
-        for ranking, weight in rankings
-        for row, score in ranking
-    )
-
-
-def reciprocal_rank_fusion(rankings: Iterable[tuple[Ranking[RowT], float]]) -> list[tuple[RowT, float]]:
-    """The same, but that a row's score is the sum of weight × (k + 1) / (k + rank), rank from 1."""
-    best = _RANK_CONSTANT + 1
-    return _summed(
-        (row, weight * best / (_RANK_CONSTANT + rank))
-        for ranking, weight in rankings
-        for rank, (row, _) in enumerate(ranking, start=1)
-    )
-
-
-def _summed(shares: Iterable[tuple[RowT, float]]) -> list[tuple[RowT, float]]:
+    shares = score_shares if fusion == "scores" else rank_shares
     fused: dict[RowT, float] = {}
-    for row, share in shares:
-        fused[row] = fused.get(row, 0.0) + share
+    for ranking, weight in rankings:
+        for row, share in shares(ranking):
+            fused[row] = fused.get(row, 0.0) + weight * share
     return sorted(((row, min(1.0, score)) for row, score in fused.items()), key=lambda item: -item[1])  # stable
+
+
+def score_shares(ranking: Ranking[RowT]) -> Ranking[RowT]:
+    """Each row's score as a share of the best one; 0 for a score below 0."""
+    best = ranking[0][1] if ranking else 0.0
+    return [(row, max(score, 0.0) / best if best > 0 else 0.0) for row, score in ranking]
+
+
+def rank_shares(ranking: Ranking[RowT]) -> Ranking[RowT]:
+    """(k + 1) / (k + rank) of each row, rank from 1."""
+    return [(row, (_RANK_CONSTANT + 1) / (_RANK_CONSTANT + rank)) for rank, (row, _) in enumerate(ranking, start=1)]

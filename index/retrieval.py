@@ -23,7 +23,7 @@ from index.data_dir import DataDir
 from index.duplicates import Kept
 from index.errors import CollectionMismatch, CollectionNotFound, InvalidValue
 from index.filters import Filter
-from index.fusion import reciprocal_rank_fusion, relative_score_fusion
+from index.fusion import Ranking, fuse
 from index.ingest import embedding_text
 from index.lexical import saturated
 from index.types import Collection, FloatArray, IntArray, ScoredChunk, StoredChunk, TextEmbedder, TextReranker
@@ -32,7 +32,7 @@ from index.vector_index import VectorIndex, open_index, update_index
 _MIN_DEPTH = 100  # rows of a ranking that are looked at first: what is deep in both may be the best of all
 
 _Row: TypeAlias = tuple[str, int]  # collection name, row id
-_Ranking: TypeAlias = list[tuple[_Row, float]]  # best first
+_Ranking: TypeAlias = Ranking[_Row]
 
 
 @dataclass
@@ -159,8 +159,7 @@ class Retriever:
         is_all = all(len(found) < limit for found in (*dense, *lexical))
         by_meaning, by_words = _merged(dense), _merged(lexical)
         if asked.search.search_mode == "hybrid":
-            fuse = relative_score_fusion if asked.search.fusion == "scores" else reciprocal_rank_fusion
-            return fuse([(by_meaning, 1 - weight), (by_words, weight)]), is_all
+            return fuse([(by_meaning, 1 - weight), (by_words, weight)], asked.search.fusion), is_all
         return by_meaning or [(row, saturated(value)) for row, value in by_words], is_all
 
     def _by_words(self, asked: _Asked, scope: _Scope, limit: int) -> _Ranking:

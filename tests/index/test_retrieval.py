@@ -25,7 +25,7 @@ from index import (
     ingest,
 )
 from index.filters import Comparison
-from index.fusion import reciprocal_rank_fusion, relative_score_fusion
+from index.fusion import fuse
 
 
 @pytest.fixture
@@ -147,19 +147,19 @@ def test_lexical_search_embeds_nothing(catalogue, data_dir, add):
 
 def test_fusion_adds_up_scores_as_shares_of_each_rankings_best():
     dense, lexical = [(7, 0.9), (8, 0.6), (9, -0.1)], [(8, 20.0), (5, 5.0)]
-    fused = relative_score_fusion([(dense, 0.4), (lexical, 0.6)])
+    fused = fuse([(dense, 0.4), (lexical, 0.6)], "scores")
     assert dict(fused) == pytest.approx({7: 0.4, 8: 0.4 * 2 / 3 + 0.6, 9: 0, 5: 0.6 / 4})
     assert [row for row, _ in fused] == [8, 7, 5, 9]
-    assert relative_score_fusion([(dense, 0.5), (dense, 0.5)])[0] == (7, 1.0)
-    assert relative_score_fusion([([(1, -0.2), (2, -0.3)], 1.0), ([], 0.0)]) == [(1, 0.0), (2, 0.0)]
+    assert fuse([(dense, 0.5), (dense, 0.5)], "scores")[0] == (7, 1.0)
+    assert fuse([([(1, -0.2), (2, -0.3)], 1.0), ([], 0.0)], "scores") == [(1, 0.0), (2, 0.0)]
 
 
 def test_fusion_by_rank_adds_up_reciprocal_ranks_as_a_share_of_the_best_possible():
     dense, lexical = [(7, 0.9), (8, 0.8), (9, 0.1)], [(8, 0.5), (5, 0.4)]
-    fused = reciprocal_rank_fusion([(dense, 0.4), (lexical, 0.6)])
+    fused = fuse([(dense, 0.4), (lexical, 0.6)], "ranks")
     assert dict(fused) == pytest.approx({7: 0.4, 8: 0.4 * 11 / 12 + 0.6, 9: 0.4 * 11 / 13, 5: 0.6 * 11 / 12})
     assert [row for row, _ in fused] == [8, 5, 7, 9]
-    assert reciprocal_rank_fusion([(dense, 0.5), (dense, 0.5)])[0] == (7, 1.0)
+    assert fuse([(dense, 0.5), (dense, 0.5)], "ranks")[0] == (7, 1.0)
 
 
 @given(
@@ -170,9 +170,9 @@ def test_fusion_by_rank_adds_up_reciprocal_ranks_as_a_share_of_the_best_possible
 )
 def test_fusion_does_not_depend_on_the_scale_of_a_ranking(dense, lexical, scale, weight):
     by_meaning, by_words = (sorted(r.items(), key=lambda item: -item[1]) for r in (dense, lexical))
-    ours = relative_score_fusion([(by_meaning, 1 - weight), (by_words, weight)])
+    ours = fuse([(by_meaning, 1 - weight), (by_words, weight)], "scores")
     scaled = [(row, score * scale) for row, score in by_words]
-    theirs = relative_score_fusion([(by_meaning, 1 - weight), (scaled, weight)])
+    theirs = fuse([(by_meaning, 1 - weight), (scaled, weight)], "scores")
     assert dict(ours) == pytest.approx(dict(theirs), abs=1e-9)
     assert all(0 <= score <= 1 for _, score in ours) and {row for row, _ in ours} == {*dense, *lexical}
 
