@@ -31,7 +31,7 @@ demo: setup ## ingest, preprocess, serve and ask the sample corpus, with the TTF
 	$(BIN)/python -m scripts.demo
 
 test: setup $(VENV)/llamaindex/.ready ## all tests, with coverage
-	$(BIN)/python -m pytest -q --durations=10 --cov --cov-report=term
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10 --cov --cov-report=term
 
 test-kernels: setup ## the GPU kernels without a GPU: interpreted, and compiled for sm_80 and sm_90 (needs Triton: 200 MB)
 	$(PIP) install -q -c constraints.txt triton

@@ -153,34 +153,30 @@ class Rag:
             return (), ()
         if self._catalogue is None or self._retriever is None:
             raise RequestError("this server has no collections; send the passages as 'documents'", "collection")
-        found: list[tuple[str, ScoredChunk]] = []
-        for name in dict.fromkeys(question.collections):
-            found += [(name, hit) for hit in self._hits(self._catalogue, self._retriever, name, question)]
-        search = question.search or self.search
-        found = sorted(found, key=lambda item: -item[1].score)[: search.top_k]  # stable: ties stay in their order
+        found = self._hits(self._catalogue, self._retriever, question)
         if self._retrieval.order == "similarity_last":
             found.reverse()
         related: dict[tuple[str, str], tuple[str, ...]] = {}
-        for name in {name for name, _ in found}:
-            ids = [hit.chunk.chunk_id for of, hit in found if of == name]
+        for name in {hit.collection for hit in found}:
+            ids = [hit.chunk.chunk_id for hit in found if hit.collection == name]
             related |= {(name, chunk_id): others for chunk_id, others in self._catalogue.related(name, ids).items()}
         chunks = [
-            PromptChunk(hit.chunk.chunk_id, hit.chunk.token_ids, related.get((name, hit.chunk.chunk_id)))
-            for name, hit in found
+            PromptChunk(hit.chunk.chunk_id, hit.chunk.token_ids, related.get((hit.collection, hit.chunk.chunk_id)))
+            for hit in found
         ]
-        return chunks, tuple(_source(i, hit) for i, (_, hit) in enumerate(found, start=1))
+        return chunks, tuple(_source(i, hit) for i, hit in enumerate(found, start=1))
 
-    def _hits(self, catalogue: Catalogue, retriever: Retriever, name: str, question: Question) -> Sequence[ScoredChunk]:
-        collection = catalogue.use_collection(name, question.owner)
-        if collection.encoder_fingerprint != self.prompts.fingerprint:
-            raise ConfigError(
-                "model",
-                f"collection {name!r} was chunked for another tokenizer or passage template; "
-                "serve the model it was ingested with, or ingest it again into a new collection",
-            )
-        asked = self.search_text(question.turns)
-        search = question.search or self.search
-        return retriever.search(name, asked, search, question.filter)
+    def _hits(self, catalogue: Catalogue, retriever: Retriever, question: Question) -> list[ScoredChunk]:
+        for name in question.collections:
+            collection = catalogue.use_collection(name, question.owner)
+            if collection.encoder_fingerprint != self.prompts.fingerprint:
+                raise ConfigError(
+                    "model",
+                    f"collection {name!r} was chunked for another tokenizer or passage template; "
+                    "serve the model it was ingested with, or ingest it again into a new collection",
+                )
+        search, asked = question.search or self.search, self.search_text(question.turns)
+        return retriever.search_all(question.collections, asked, search, question.filter)
 
     def _inline(self, documents: Sequence[InlineDocument]) -> tuple[Sequence[PromptChunk], tuple[Source, ...]]:
         chunks, sources = [], []

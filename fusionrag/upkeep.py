@@ -21,6 +21,7 @@ from fusionrag.engine import Engine
 from fusionrag.errors import ArenaFull, PromptTooLong
 from fusionrag.preprocess.job import PreprocessJob, StoredChunk
 from fusionrag.preprocess.related import related_chunks
+from fusionrag.sweep import sweep
 from fusionrag.types import PromptChunk
 from index import Catalogue, DataDir, open_index
 from index.config import VectorIndexConfig
@@ -90,7 +91,7 @@ class Upkeep:
         if time.monotonic() < self._next_look:
             return None
         self._next_look = time.monotonic() + LOOK_EVERY_S
-        self._sweep()
+        sweep(self._catalogue, self._engine.store)
         for collection in self._catalogue.collections():
             seen = self._seen.setdefault(collection.collection_id, _Seen())
             if collection.encoder_fingerprint == self._encoder_fingerprint and seen.revision != collection.revision:
@@ -158,11 +159,3 @@ class Upkeep:
         except CollectionNotFound:
             self._catalogue.discard_kv([stored.spec.digest])
             raise
-
-    def _sweep(self) -> None:
-        """Removes the files of objects that nothing refers to any more."""
-        garbage = self._catalogue.kv_garbage()
-        if garbage:
-            for digest in garbage:
-                self._engine.store.delete(digest)
-            self._catalogue.forget_kv(garbage)

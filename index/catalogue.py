@@ -304,7 +304,7 @@ class Catalogue(KVLedger):
     def rows_by_words(
         self, collection: str, question: str, limit: int, row_ids: Iterable[int] | None = None
     ) -> list[tuple[int, float]]:
-        """(row id, score) of the `limit` chunks that share most with the question's words; see `lexical`."""
+        """(row id, BM25 value) of the `limit` chunks that share most with the question's words; see `lexical`."""
         with self._database.read() as connection:
             key = self._key(connection, collection)
             return lexical.search_words(connection, key, question, limit, row_ids)

@@ -96,6 +96,7 @@ class VectorIndexConfig:
 
 
 SEARCH_MODES = ("dense", "lexical", "hybrid")
+FUSIONS = ("scores", "ranks")
 MAX_HITS = 200
 
 
@@ -106,15 +107,19 @@ class SearchConfig:
     top_k: int = knob(10, "passages retrieved for a question")
     search_mode: str = knob(
         "hybrid",
-        "how passages are found: dense (by meaning: embeddings), lexical (by words: BM25), or hybrid (both, joined by "
-        "reciprocal rank fusion)",
+        "how passages are found: dense (by meaning: embeddings), lexical (by words: BM25), or hybrid (both)",
     )
     lexical_weight: float = knob(0.5, "share of the lexical ranking in hybrid search; the dense one has the rest")
+    fusion: str = knob(
+        "scores",
+        "how hybrid search joins the two: scores (their sum, each as a share of the best one found) or ranks "
+        "(reciprocal rank fusion)",
+    )
     score_threshold: float = knob(
         0.0,
         "least score of a retrieved passage; 0: no threshold. The score is the cosine in dense search, b / (b + 10) of "
-        "the BM25 value b in lexical search, in hybrid search the fused ranks as a share of the best possible (at most "
-        "the weight of the one ranking that has the passage), and with a re-ranker its judgement; all are at most 1",
+        "the BM25 value b in lexical search, in hybrid search the fused score as a share of the best possible, "
+        "and with a re-ranker its judgement; all are at most 1",
     )
     max_similarity: float = knob(
         0.98,
@@ -133,6 +138,7 @@ class SearchConfig:
             "search_mode",
             f"must be one of {', '.join(SEARCH_MODES)}, got {self.search_mode!r}",
         )
+        require(self.fusion in FUSIONS, "fusion", f"must be one of {', '.join(FUSIONS)}, got {self.fusion!r}")
         for name in ("lexical_weight", "score_threshold"):
             value = getattr(self, name)
             require(0 <= value <= 1, name, f"must lie in [0, 1], got {value}")

@@ -69,8 +69,9 @@ class IncomingFile:
 class Files:
     """The uploaded files of all owners. Safe to use from many threads."""
 
-    def __init__(self, catalogue: Catalogue, data_dir: DataDir) -> None:
-        self._catalogue, self._folder = catalogue, data_dir.files
+    def __init__(self, catalogue: Catalogue, data_dir: DataDir, max_owner_bytes: int = 0) -> None:
+        """max_owner_bytes: what the files of one owner may have together; 0: no limit."""
+        self._catalogue, self._folder, self._max_owner_bytes = catalogue, data_dir.files, max_owner_bytes
         self._database = catalogue.database
 
     def begin(self) -> IncomingFile:
@@ -94,6 +95,7 @@ class Files:
                 sync_folder(self._folder)
             stored = StoredFile(upload.id, name, purpose, upload.num_bytes, created_at, expires_at)
             with self._database.write() as connection:
+                self._require_room(connection, owner, stored.num_bytes)
                 connection.execute(
                     "INSERT INTO files (id, owner, filename, purpose, num_bytes, created_at, expires_at) "
                     "VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -146,6 +148,15 @@ class Files:
             kept = {row[0] for row in connection.execute("SELECT id FROM files")}
         for path in [*(self._folder / file_id for (file_id,) in expired), *(p for p in paths if p.name not in kept)]:
             path.unlink(missing_ok=True)
+
+    def _require_room(self, connection: sqlite3.Connection, owner: str, num_bytes: int) -> None:
+        select = "SELECT coalesce(sum(num_bytes), 0) FROM files WHERE owner = ?"
+        (kept,) = connection.execute(select, (owner,)).fetchone()
+        if self._max_owner_bytes and kept + num_bytes > self._max_owner_bytes:
+            raise StorageFull(
+                f"your files take {kept} of the {self._max_owner_bytes} bytes that you may keep, and this one has "
+                f"{num_bytes}; delete some and try again"
+            )
 
     def _remove(self, connection: sqlite3.Connection, file_id: str) -> None:
         for (key,) in connection.execute("SELECT collection FROM collection_files WHERE file_id = ?", (file_id,)):

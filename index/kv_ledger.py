@@ -150,6 +150,22 @@ class KVLedger:
         with self._database.read() as connection:
             return [row[0] for row in connection.execute("SELECT digest FROM kv_garbage ORDER BY digest")]
 
+    def unbooked_kv(self, digests: Iterable[str]) -> list[str]:
+        """Those of `digests` that are neither an object of a collection nor garbage."""
+        with self._database.read() as connection:
+            rows = connection.execute(
+                "SELECT value FROM json_each(?) WHERE value NOT IN (SELECT digest FROM kv_objects) "
+                "AND value NOT IN (SELECT digest FROM kv_garbage)",
+                (json.dumps(list(digests)),),
+            )
+            return [row[0] for row in rows]
+
+    def known_chunk_ids(self, chunk_ids: Iterable[str]) -> set[str]:
+        """Those of `chunk_ids` that any collection has."""
+        with self._database.read() as connection:
+            select = f"SELECT DISTINCT chunk_id FROM chunks WHERE chunk_id {_IN_LIST}"
+            return {row[0] for row in connection.execute(select, (json.dumps(list(chunk_ids)),))}
+
     def counts(self, collection: str) -> CollectionCounts:
         """The size of the collection and of its stored KV."""
         with self._database.read() as connection:

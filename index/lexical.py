@@ -17,7 +17,8 @@ from collections.abc import Iterable
 
 MAX_TERMS = 128  # different words of a question that are looked for: the longest ones of a longer question
 _TOKENIZER = "porter unicode61 remove_diacritics 2"
-_SATURATION = 10.0  # the BM25 value whose score is 1/2
+_SATURATION = 10.0  # the BM25 value whose `saturated` score is 1/2
+_TITLE_WEIGHT = 5.0  # of a word in the title; one in the text has 1
 # Scripts written without spaces, which the tokenizer would take for one word a sentence: each character is a word.
 _UNSPACED = re.compile(r"([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff])")
 _TERM = re.compile(r"[^\W_]+")
@@ -57,9 +58,9 @@ def search_words(
     limit: int,
     row_ids: Iterable[int] | None = None,
 ) -> list[tuple[int, float]]:
-    """The `limit` best chunks that have a word of the question: (row id, score), best first, of `row_ids` if given.
+    """(row id, BM25 value) of the `limit` best chunks that have a word of the question, of `row_ids` if given.
 
-    The score is b / (b + 10) of the BM25 value b, in (0, 1): it grows with the number and the rarity of the words.
+    The value is above 0 and grows with the number and the rarity of the words.
     """
     table, expression = _table(collection_id), match_expression(question)
     if not expression:
@@ -68,14 +69,20 @@ def search_words(
     only, values = ("", ()) if row_ids is None else (" AND +rowid IN (SELECT value FROM json_each(?))", (row_ids,))
     try:
         rows = connection.execute(
-            f"SELECT rowid, rank FROM {table} WHERE {table} MATCH ?{only} ORDER BY rank, rowid LIMIT ?",
+            f"SELECT rowid, rank FROM {table} WHERE {table} MATCH ? AND rank MATCH 'bm25({_TITLE_WEIGHT}, 1.0)'{only} "
+            "ORDER BY rank, rowid LIMIT ?",
             (expression, *(json.dumps([int(i) for i in v]) for v in values), limit),
         ).fetchall()
     except sqlite3.OperationalError as error:
         if "no such table" in str(error):  # it never held a document, or was deleted a moment ago
             return []
         raise
-    return [(row_id, -rank / (_SATURATION - rank)) for row_id, rank in rows]  # FTS5's rank is -b
+    return [(row_id, -rank) for row_id, rank in rows]  # FTS5 has the best first
+
+
+def saturated(value: float) -> float:
+    """A BM25 value b as the score b / (b + 10), in (0, 1)."""
+    return value / (value + _SATURATION)
 
 
 def match_expression(question: str) -> str:

@@ -17,8 +17,8 @@ from index.vector_stores import VectorStores
 class Library:
     """Its parts, over one catalogue and one data directory. Safe to use from many threads."""
 
-    def __init__(self, catalogue: Catalogue, data_dir: DataDir) -> None:
-        self.files = Files(catalogue, data_dir)
+    def __init__(self, catalogue: Catalogue, data_dir: DataDir, max_owner_bytes: int = 0) -> None:
+        self.files = Files(catalogue, data_dir, max_owner_bytes)
         self.vector_stores = VectorStores(catalogue, data_dir)
         self.attached = AttachedFiles(catalogue)
 

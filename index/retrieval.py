@@ -1,7 +1,7 @@
-"""Question → the best chunks of a collection: by meaning (vectors), by words (BM25), or by both.
+"""Question → the best chunks of one or more collections: by meaning (vectors), by words (BM25), or by both.
 
 Knows nothing about prompts or KV. Stages: filter → dense and lexical rankings → fusion → leaving out near-duplicates →
-re-ranking → threshold.
+re-ranking → threshold. Several collections are ranked as one, but that each counts its own words' rarity.
 
 Invariants: an answer comes from a revision of the collection that was current when the search began, or a later one;
 fewer than `top_k` chunks are found only where no more fit (lexical search: share a word with the question), but that an
@@ -10,28 +10,29 @@ approximate index may miss some where there is no filter.
 
 from __future__ import annotations
 
-import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import numpy as np
 
 from index.catalogue import Catalogue
 from index.config import SearchConfig, VectorIndexConfig
 from index.data_dir import DataDir
+from index.duplicates import Kept
 from index.errors import CollectionMismatch, CollectionNotFound, InvalidValue
 from index.filters import Filter
+from index.fusion import Ranking, fuse
 from index.ingest import embedding_text
-from index.types import Collection, FloatArray, IntArray, ScoredChunk, TextEmbedder, TextReranker
+from index.lexical import saturated
+from index.types import Collection, FloatArray, IntArray, ScoredChunk, StoredChunk, TextEmbedder, TextReranker
 from index.vector_index import VectorIndex, open_index, update_index
 
-# Below the customary 60: at equal weights, 10 finds more within ten passages on MuSiQue than 30 does (89 % to 87 %).
-_RRF_K = 10
 _MIN_DEPTH = 100  # rows of a ranking that are looked at first: what is deep in both may be the best of all
-_NUMBER = re.compile(r"\d+")
 
-_Ranking = list[tuple[int, float]]  # (row id, score), best first
+_Row: TypeAlias = tuple[str, int]  # collection name, row id
+_Ranking: TypeAlias = Ranking[_Row]
 
 
 @dataclass
@@ -44,39 +45,21 @@ class _Live:
 
 
 @dataclass(frozen=True)
+class _Scope:
+    """Where to look. allowed: row ids int64 [n], None for all."""
+
+    collection: Collection
+    allowed: IntArray | None
+
+
+@dataclass(frozen=True)
 class _Asked:
-    """One search. vector: float32 [dim], None where it is not needed; allowed: row ids int64 [n], None for all."""
+    """One search. vector: float32 [dim], None where it is not needed."""
 
     question: str
     vector: FloatArray | None
     search: SearchConfig
-    allowed: IntArray | None
-
-
-class _Kept:
-    """The vectors and numbers of the hits so far, to tell a near-duplicate by.
-
-    Embeddings hardly see numbers, and two records or revisions of a text may differ in nothing else: passages with
-    different numbers are no duplicates.
-    """
-
-    def __init__(self, max_similarity: float) -> None:
-        self._limit = max_similarity
-        self._vectors: list[FloatArray] = []
-        self._numbers: list[list[str]] = []
-
-    def repeats(self, text: str, vector: FloatArray | None) -> bool:
-        """Whether a better hit says the same; if not, this one is kept too."""
-        if vector is None:
-            return False
-        numbers = sorted(_NUMBER.findall(text))
-        if self._vectors:
-            similar = np.flatnonzero(np.stack(self._vectors) @ vector >= self._limit)
-            if any(numbers == self._numbers[i] for i in similar):
-                return True
-        self._vectors.append(vector)
-        self._numbers.append(numbers)
-        return False
+    scopes: tuple[_Scope, ...]
 
 
 class Retriever:
@@ -102,22 +85,27 @@ class Retriever:
     def search(
         self, collection: str, question: str, search: SearchConfig, filter: Filter | None = None
     ) -> list[ScoredChunk]:
+        """`search_all` of one collection."""
+        return self.search_all((collection,), question, search, filter)
+
+    def search_all(
+        self, collections: Sequence[str], question: str, search: SearchConfig, filter: Filter | None = None
+    ) -> list[ScoredChunk]:
         """At most `search.top_k` chunks with different ids, best first, of documents that fit the filter.
 
         Raises CollectionNotFound, CollectionMismatch (made with another embedding model), or InvalidValue for an empty
-        question or a re-ranker that is not loaded. A collection without chunks gives an empty list.
+        question or a re-ranker that is not loaded. A collection without chunks adds nothing.
         """
         if not question.strip():
             raise InvalidValue("question", "must not be empty")
         reranker = self._reranker_of(search)
-        current = self._current(collection)
-        allowed = None if filter is None else self._catalogue.rows_where(collection, filter)
+        scopes = tuple(self._scope(name, filter) for name in dict.fromkeys(collections))
         vector = self._embedder.embed_question(question) if _lexical_weight(search) < 1 else None
-        asked = _Asked(question, vector, search, allowed)
+        asked = _Asked(question, vector, search, scopes)
         if reranker is None:
-            hits = self._best(current, asked, search.top_k)
+            hits = self._best(asked, search.top_k)
         else:
-            hits = self._best(current, asked, max(search.top_k, search.rerank_candidates))
+            hits = self._best(asked, max(search.top_k, search.rerank_candidates))
             hits = _reranked(hits, reranker.scores(question, [embedding_text(hit.chunk) for hit in hits]))
         least = search.score_threshold or -np.inf
         return [hit for hit in hits[: search.top_k] if hit.score >= least]
@@ -128,6 +116,10 @@ class Retriever:
         live = self._live_of(current)
         with live.lock:
             self._up_to_date(live, current)
+
+    def _scope(self, name: str, filter: Filter | None) -> _Scope:
+        current = self._current(name)
+        return _Scope(current, None if filter is None else self._catalogue.rows_where(name, filter))
 
     def _current(self, name: str) -> Collection:
         try:
@@ -149,63 +141,73 @@ class Retriever:
             )
         return self._reranker
 
-    def _best(self, current: Collection, asked: _Asked, wanted: int) -> list[ScoredChunk]:
+    def _best(self, asked: _Asked, wanted: int) -> list[ScoredChunk]:
         """The `wanted` best chunks; fewer only where there are no more."""
         limit = max(wanted, _MIN_DEPTH)
         while True:
-            ranking, is_all = self._ranking(current, asked, limit)
-            hits = self._distinct(current, ranking, wanted, asked.search.max_similarity)
+            ranking, is_all = self._ranking(asked, limit)
+            hits = self._distinct(ranking, wanted, asked.search.max_similarity)
             if len(hits) == wanted or is_all:
                 return hits
             limit *= 2  # documents that share chunks make hits fewer than rows: look further
 
-    def _ranking(self, current: Collection, asked: _Asked, limit: int) -> tuple[_Ranking, bool]:
-        """The rows that are among the `limit` best of a ranking, and whether there are no more."""
+    def _ranking(self, asked: _Asked, limit: int) -> tuple[_Ranking, bool]:
+        """The rows that are among the `limit` best of a search of a collection, and whether there are no more."""
         weight = _lexical_weight(asked.search)
-        dense = self._by_meaning(current, asked, limit) if weight < 1 else []
-        lexical = self._by_words(current, asked, limit) if weight > 0 else []
-        is_all = len(dense) < limit and len(lexical) < limit
+        dense = [self._by_meaning(asked, scope, limit) if weight < 1 else [] for scope in asked.scopes]
+        lexical = [self._by_words(asked, scope, limit) if weight > 0 else [] for scope in asked.scopes]
+        is_all = all(len(found) < limit for found in (*dense, *lexical))
+        by_meaning, by_words = _merged(dense), _merged(lexical)
         if asked.search.search_mode == "hybrid":
-            return reciprocal_rank_fusion([(dense, 1 - weight), (lexical, weight)]), is_all
-        return dense or lexical, is_all
+            return fuse([(by_meaning, 1 - weight), (by_words, weight)], asked.search.fusion), is_all
+        return by_meaning or [(row, saturated(value)) for row, value in by_words], is_all
 
-    def _by_words(self, current: Collection, asked: _Asked, limit: int) -> _Ranking:
-        return self._catalogue.rows_by_words(current.name, asked.question, limit, asked.allowed)
+    def _by_words(self, asked: _Asked, scope: _Scope, limit: int) -> _Ranking:
+        name = scope.collection.name
+        found = self._catalogue.rows_by_words(name, asked.question, limit, scope.allowed)
+        return [((name, row), value) for row, value in found]
 
-    def _by_meaning(self, current: Collection, asked: _Asked, limit: int) -> _Ranking:
+    def _by_meaning(self, asked: _Asked, scope: _Scope, limit: int) -> _Ranking:
         assert asked.vector is not None
+        current, allowed = scope.collection, scope.allowed
         live = self._live_of(current)
         with live.lock:
-            scores, rows = self._up_to_date(live, current).search(asked.vector[None], limit, asked.allowed)
+            scores, rows = self._up_to_date(live, current).search(asked.vector[None], limit, allowed)
         is_found = rows[0] >= 0
         scores, rows = scores[0][is_found], rows[0][is_found]
-        if asked.allowed is not None and len(rows) < min(limit, len(asked.allowed)):  # an approximate index missed some
-            rows, vectors = self._catalogue.vectors(current.name, asked.allowed.tolist())
+        if allowed is not None and len(rows) < min(limit, len(allowed)):  # an approximate index missed some
+            rows, vectors = self._catalogue.vectors(current.name, allowed.tolist())
             scores = vectors @ asked.vector
         order = np.lexsort((rows, -scores))[:limit]
-        return list(zip(rows[order].tolist(), scores[order].clip(-1, 1).tolist(), strict=True))
+        cosines = scores[order].clip(-1, 1).tolist()
+        return [((current.name, row), score) for row, score in zip(rows[order].tolist(), cosines, strict=True)]
 
-    def _distinct(
-        self, current: Collection, ranking: _Ranking, wanted: int, max_similarity: float
-    ) -> list[ScoredChunk]:
+    def _distinct(self, ranking: _Ranking, wanted: int, max_similarity: float) -> list[ScoredChunk]:
         """The first `wanted` chunks of the ranking, without those that repeat a better one."""
         hits: dict[str, ScoredChunk] = {}
-        kept = _Kept(max_similarity)
+        kept = Kept(max_similarity)
         for start in range(0, len(ranking), wanted):
-            block = dict(ranking[start : start + wanted])
-            stored = self._catalogue.chunks_by_row(current.name, block)
-            row_ids, vectors = self._catalogue.vectors(current.name, block) if max_similarity < 1 else ((), ())
-            vector_of = dict(zip(row_ids, vectors, strict=True))
-            for row, score in block.items():
-                found = stored.get(row)  # None: it was removed between the look-ups
-                chunk_id = found.chunk.chunk_id if found else ""
-                if found is None or chunk_id in hits:
-                    continue
-                if not kept.repeats(found.chunk.text, vector_of.get(row)):
-                    hits[chunk_id] = ScoredChunk(found.chunk, score, found.source)
+            block = ranking[start : start + wanted]
+            for hit, vector in self._hits(block, max_similarity < 1):
+                if hit.chunk.chunk_id not in hits and not kept.repeats(hit.chunk.text, vector):
+                    hits[hit.chunk.chunk_id] = hit
                 if len(hits) == wanted:
                     return list(hits.values())
         return list(hits.values())
+
+    def _hits(self, block: _Ranking, with_vectors: bool) -> Iterator[tuple[ScoredChunk, FloatArray | None]]:
+        """The hit of each row, and its vector if asked for; without those that were removed since they were found."""
+        chunks: dict[_Row, StoredChunk] = {}
+        vectors: dict[_Row, FloatArray] = {}
+        for name in dict.fromkeys(name for (name, _), _ in block):
+            rows = [row for (of, row), _ in block if of == name]
+            chunks |= {(name, row): chunk for row, chunk in self._catalogue.chunks_by_row(name, rows).items()}
+            if with_vectors:
+                found = zip(*self._catalogue.vectors(name, rows), strict=True)
+                vectors |= {(name, int(row)): vector for row, vector in found}
+        for row, score in block:
+            if (stored := chunks.get(row)) is not None:
+                yield ScoredChunk(stored.chunk, score, stored.source, row[0]), vectors.get(row)
 
     def _live_of(self, current: Collection) -> _Live:
         return self._live.setdefault(current.name, _Live())
@@ -223,16 +225,9 @@ class Retriever:
         return live.index
 
 
-def reciprocal_rank_fusion(rankings: Sequence[tuple[_Ranking, float]]) -> _Ranking:
-    """One ranking of several with their weights (which add up to 1), as a share of the best possible: in (0, 1].
-
-    A row's score is the sum of weight × (k + 1) / (k + rank), rank from 1, over the rankings that have it.
-    """
-    scores: dict[int, float] = {}
-    for ranking, weight in rankings:
-        for rank, (row, _) in enumerate(ranking, start=1):
-            scores[row] = scores.get(row, 0.0) + weight * (_RRF_K + 1) / (_RRF_K + rank)
-    return sorted(((row, min(1.0, score)) for row, score in scores.items()), key=lambda item: (-item[1], item[0]))
+def _merged(rankings: Sequence[_Ranking]) -> _Ranking:
+    """Several rankings of one kind as one; equals in the order of their collections."""
+    return sorted((item for ranking in rankings for item in ranking), key=lambda item: -item[1])
 
 
 def _lexical_weight(search: SearchConfig) -> float:

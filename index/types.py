@@ -87,13 +87,14 @@ class ScoredChunk:
 
     dense       cosine of question and chunk, in [-1, 1]
     lexical     b / (b + 10) of the BM25 value b, in (0, 1)
-    hybrid      reciprocal rank fusion as a share of its maximum (first in both rankings), in (0, 1]
+    hybrid      weighted sum of shares of the best (see `fusion`), in [0, 1]
     re-ranked   the re-ranker's logit through a sigmoid, in (0, 1), whatever found the chunk
     """
 
     chunk: Chunk
     score: float
     source: str  # Document.source, for citations
+    collection: str = ""  # where it was found
 
 
 class ChunkEncoder(Protocol):

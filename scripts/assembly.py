@@ -23,6 +23,7 @@ from fusionrag.model import LanguageModel, load_model, load_tokenizer
 from fusionrag.prompt import PromptBuilder
 from fusionrag.rag import Rag
 from fusionrag.store import open_store
+from fusionrag.store.tiered import TieredStore
 from fusionrag.upkeep import Upkeep
 from index import Catalogue, DataDir, Embedder, Reranker, Retriever
 from index.config import ChunkingConfig, EmbeddingConfig, SearchConfig, VectorIndexConfig
@@ -44,6 +45,7 @@ class Parts:
     catalogue: Catalogue
     embedder: Embedder
     retriever: Retriever
+    store: TieredStore
 
 
 @contextmanager
@@ -84,12 +86,12 @@ def open_parts(args: argparse.Namespace, model: LanguageModel | None = None) -> 
             retriever,
             search,
         )
-        yield Parts(rag, data_dir, catalogue, embedder, retriever)
+        yield Parts(rag, data_dir, catalogue, embedder, retriever, store)
 
 
 def live_collections(args: argparse.Namespace, parts: Parts) -> LiveCollections:
     """What a server needs to change collections while it serves: uploads, their ingest, and the upkeep of their KV."""
-    from server.config import IngestionConfig
+    from server.config import IngestionConfig, ServerConfig
     from server.ingest_messages import Setup
     from server.ingestion import Ingestion
     from server.live import LiveCollections
@@ -107,7 +109,7 @@ def live_collections(args: argparse.Namespace, parts: Parts) -> LiveCollections:
     rag, catalogue, embedder = parts.rag, parts.catalogue, parts.embedder
     fingerprint = rag.prompts.fingerprint
     return LiveCollections(
-        Library(catalogue, parts.data_dir),
+        Library(catalogue, parts.data_dir, build(ServerConfig, args).max_owner_bytes),
         Ingestion(IngestQueue(catalogue, parts.data_dir), setup, config.ingest_timeout_s),
         parts.retriever,
         MadeWith(fingerprint, embedder.fingerprint, embedder.dim),

@@ -18,6 +18,7 @@ from scripts.options import warn_of_unknown_variables
 
 COMMANDS = {
     "ingest": "read documents, cut them into chunks, embed and index them",
+    "delete": "remove documents from a collection, or a whole collection",
     "preprocess": "compute the KV caches of all chunks that lack them",
     "serve": "serve the OpenAI-compatible HTTP endpoint",
     "keys": "add, list or remove the API keys of a server",

@@ -29,7 +29,15 @@ from server.keys import KeyRing, StoredKeys
 from server.live import LiveCollections
 from server.loop_lag import LoopLag
 from server.metrics import Metrics
-from server.middleware import BodyLimits, LimitBody, LimitHead, Recorder, RefuseForeignPages, RequireKey
+from server.middleware import (
+    BodyLimits,
+    LimitBody,
+    LimitConnections,
+    LimitHead,
+    Recorder,
+    RefuseForeignPages,
+    RequireKey,
+)
 from server.services import Services
 from server.tracing import tracing
 from server.uploads import MAX_FORM_BYTES
@@ -87,6 +95,7 @@ def create_app(
     ring = KeyRing(config.api_key, keys)
     app.add_middleware(RefuseForeignPages, keys=ring, hosts=config.host_names)
     app.add_middleware(RequireKey, keys=ring)
+    app.add_middleware(LimitConnections)
     app.add_middleware(Recorder, metrics=metrics, tracing=tracing())  # added last: outermost
     return app
 

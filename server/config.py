@@ -33,6 +33,12 @@ class ServerConfig:
     default_collection: str = knob("", "collection that answers chats which name neither collection nor documents")
     max_body_bytes: int = knob(4 << 20, "longest request body in bytes; a longer one is refused with 413")
     max_file_bytes: int = knob(100 << 20, "longest file that can be uploaded, in bytes; else 413")
+    max_owner_bytes: int = knob(
+        0, "bytes of uploaded files that the holder of an API key may keep; an upload beyond gets 507; 0: no limit"
+    )
+    max_connections: int = knob(
+        1000, "connections open at the same time; a request on one more is answered 503, and that connection closed"
+    )
     max_header_bytes: int = knob(16 << 10, "longest request head in bytes; a longer one closes the connection")
     head_timeout_s: float = knob(10.0, "seconds a client may take to send a request head before it is let go")
     body_timeout_s: float = knob(30.0, "seconds a client may take to send its request body")
@@ -51,15 +57,16 @@ class ServerConfig:
         require(0 <= self.port <= 65535, "port", f"must lie in [0, 65535], got {self.port}")
         printable = self.api_key.isascii() and self.api_key.isprintable() and " " not in self.api_key
         require(printable, "api_key", "must be printable ASCII without spaces, because it travels in a header")
-        for name in ("max_body_bytes", "max_file_bytes", "max_header_bytes", "num_prepare_threads", "max_preparing"):
+        counts = ("max_body_bytes", "max_file_bytes", "max_connections", "max_header_bytes")
+        for name in (*counts, "num_prepare_threads", "max_preparing"):
             require(getattr(self, name) >= 1, name, f"must be at least 1, got {getattr(self, name)}")
         both = bool(self.tls_certfile) == bool(self.tls_keyfile)
         missing = "tls_keyfile" if self.tls_certfile else "tls_certfile"
         require(both, missing, "is needed too: TLS takes a certificate and its key")
         for name in ("head_timeout_s", "body_timeout_s", "upload_timeout_s", "request_timeout_s", "keep_alive_s"):
             require(getattr(self, name) > 0, name, f"must be positive, got {getattr(self, name)}")
-        require(self.drain_timeout_s >= 0, "drain_timeout_s", "must not be negative")
-        require(self.keep_responses_days >= 0, "keep_responses_days", "must not be negative")
+        for name in ("drain_timeout_s", "keep_responses_days", "max_owner_bytes"):
+            require(getattr(self, name) >= 0, name, "must not be negative")
 
     @property
     def host_names(self) -> frozenset[str] | None:

@@ -66,6 +66,19 @@ class Recorder:
             access_log.write(record)
 
 
+class LimitConnections:
+    """Answers 503 to what comes on a connection too many, and closes it. A prober is answered all the same."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["state"].get("is_one_too_many") and not _is_open(scope):
+            headers = {"Retry-After": "1", "Connection": "close"}
+            raise HTTPException(503, "the server has as many connections as it takes; try again", headers=headers)
+        await self._app(scope, receive, send)
+
+
 class RequireKey:
     """Answers 401 to whoever does not bring a key, where keys are used; notes whose request it is."""
 

@@ -79,7 +79,9 @@ def build_server(
     worker = Worker(rag.engine, live.background if live else None)
     settings = uvicorn.Config(
         create_app(rag, worker, config, live, keys),
-        http=partial(ImpatientProtocol, head_timeout_s=config.head_timeout_s),  # type: ignore[arg-type]
+        http=partial(  # type: ignore[arg-type]
+            ImpatientProtocol, head_timeout_s=config.head_timeout_s, max_connections=config.max_connections
+        ),
         ssl_certfile=config.tls_certfile or None,
         ssl_keyfile=config.tls_keyfile or None,
         ws="none",

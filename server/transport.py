@@ -1,7 +1,8 @@
-"""Below HTTP: TLS, and connections that ask for nothing.
+"""Below HTTP: TLS, connections that ask for nothing, and too many of them.
 
-Knows nothing of requests' contents. Invariant: a connection is closed when no whole request head arrives on it in time,
-whether it is its first or a later one; so silent or dribbling clients hold no place for long.
+Knows nothing of requests' contents. Invariants: a connection is closed when no whole request head arrives on it in
+time, whether it is its first or a later one; so silent or dribbling clients hold no place for long. The requests of a
+connection beyond `max_connections` have `state.is_one_too_many`.
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ from fusionrag.errors import ConfigError
 
 
 class ImpatientProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1, which waits for a slow head forever, with a time limit of `head_timeout_s`."""
+    """uvicorn's HTTP/1.1 with a limit of connections, and of the time that a head may take (else: forever)."""
 
-    def __init__(self, *args: Any, head_timeout_s: float, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, head_timeout_s: float, max_connections: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._head_timeout_s = head_timeout_s
+        self._head_timeout_s, self._max_connections = head_timeout_s, max_connections
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if len(self.connections) > self._max_connections:
+            self.app_state = {**self.app_state, "is_one_too_many": True}  # uvicorn copies it into every scope
         self._watch()
 
     def data_received(self, data: bytes) -> None:

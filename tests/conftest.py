@@ -35,6 +35,7 @@ from index.types import chunk_id_of
 torch.set_num_threads(1)
 # commands and servers of the tests go the way that is asked for: models this small prefill faster than they reuse
 os.environ.setdefault("FUSIONRAG_ROUTE", "reuse")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for what tests start: threads that wait for each other take cores too
 settings.register_profile("unhurried", deadline=None)  # a busy machine is not a failure
 settings.load_profile("unhurried")
 

@@ -7,7 +7,7 @@ computes the second quarter; shards run side by side, on any number of machines 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from tqdm import tqdm
@@ -20,7 +20,9 @@ from fusionrag.model import load_model
 from fusionrag.preprocess.job import PreprocessJob
 from fusionrag.preprocess.related import related_chunks
 from fusionrag.prompt import PromptBuilder
-from fusionrag.store import KVStore, open_store
+from fusionrag.store import open_store
+from fusionrag.store.tiered import TieredStore
+from fusionrag.sweep import discard_orphans, sweep
 from fusionrag.types import PromptChunk
 from index import Catalogue, DataDir, open_index
 from index.config import VectorIndexConfig
@@ -121,8 +123,8 @@ def _run(job: PreprocessJob, chunks: list[PromptChunk], catalogue: Catalogue, co
     return num_computed
 
 
-def _sweep(catalogue: Catalogue, store: KVStore, collection: str, related: Mapping[str, tuple[str, ...]]) -> int:
-    """Deletes objects that nothing refers to: garbage, and fused KV behind related chunks that are no longer those.
+def _sweep(catalogue: Catalogue, store: TieredStore, collection: str, related: Mapping[str, tuple[str, ...]]) -> int:
+    """Deletes objects that nothing refers to: garbage, orphans, and fused KV behind related chunks that are old.
 
     Another shard may still be computing the new ones; until they are there, such chunks are reused raw.
     """
@@ -131,7 +133,7 @@ def _sweep(catalogue: Catalogue, store: KVStore, collection: str, related: Mappi
         for o in catalogue.kv_objects(collection)
         if o.kind == "fused" and o.chunk_id in related and o.related != related[o.chunk_id]
     ]
-    digests: Iterable[str] = {*old, *catalogue.kv_garbage()}
-    freed = sum(store.delete(digest) for digest in digests)
-    catalogue.forget_kv(digests)
-    return freed
+    freed = sum(store.delete(digest) for digest in old)
+    catalogue.forget_kv(old)
+    discard_orphans(catalogue, store)
+    return freed + sweep(catalogue, store)

@@ -15,11 +15,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from fusionrag.sweep import discard_orphans
     from scripts.assembly import live_collections, open_parts
     from server.run import serve
 
     config = build(ServerConfig, args)
     with open_parts(args) as parts:
+        discard_orphans(parts.catalogue, parts.store)  # the upkeep removes their files
         parts.rag.engine.calibrate()
         serve(parts.rag, config, live_collections(args, parts), ApiKeys(parts.catalogue))
     return 0

@@ -14,7 +14,7 @@ MAX_RESULTS = 50
 
 
 class HybridSearch(Strict):
-    """The weights of reciprocal rank fusion; only their ratio counts."""
+    """What each of the two searches counts for; only the ratio matters."""
 
     embedding_weight: float = Field(ge=0)
     text_weight: float = Field(ge=0)

@@ -13,6 +13,7 @@ from index.filters import Filter, parse_filter
 from index.library_types import Attachment, Attributes, VectorStoreSettings
 from server.protocol.common import MAX_NAME, Body, Strict, only
 from server.protocol.files import MAX_ID
+from server.protocol.search import MAX_RESULTS, RankingOptions, changed_search
 
 MAX_PAIRS, MAX_KEY, MAX_VALUE = 16, 64, 512  # of metadata and attributes; lengths in characters
 MAX_FILES = 2000  # attached by one request
@@ -192,17 +193,12 @@ class CreateFileBatch(Body):
         return [_attachment(file_id, self.attributes, self.chunking_strategy) for file_id in self.file_ids or ()]
 
 
-class RankingOptions(Strict):
-    ranker: Literal["none", "auto", "default-2024-11-15"] = "auto"
-    score_threshold: float | None = Field(None, ge=0, le=1)
-
-
 class SearchRequest(Body):
     """Several queries find what each of them finds; a passage has the best of its scores."""
 
     query: Queries
     filters: Annotated[Any, WithJsonSchema({"type": "object"})] = None
-    max_num_results: int = Field(10, ge=1, le=50)
+    max_num_results: int = Field(10, ge=1, le=MAX_RESULTS)
     ranking_options: RankingOptions | None = None
     rewrite_query: Annotated[Any, only(False)] = None
 
@@ -212,7 +208,4 @@ class SearchRequest(Body):
 
     def search(self, configured: SearchConfig) -> SearchConfig:
         """The server's way to search, with what the request changes of it."""
-        search, options = replace(configured, top_k=self.max_num_results), self.ranking_options
-        if options is not None and options.score_threshold is not None:
-            search = replace(search, score_threshold=options.score_threshold)
-        return replace(search, reranker="") if options is not None and options.ranker == "none" else search
+        return changed_search(configured, self.max_num_results, self.ranking_options) or configured

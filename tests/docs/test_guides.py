@@ -44,6 +44,7 @@ PRINTED = {  # what a reader must get to see; everything else is the guide's own
     "own-documents": (
         "4 documents added",
         "1 changed",
+        "1 documents with 1 chunks deleted",
         "completed None",
         "quill-4.2.txt",
         "vector_store.deleted",

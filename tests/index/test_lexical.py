@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from index import CatalogueError, Chunk, Document, Section
-from index.lexical import MAX_TERMS, match_expression
+from index.lexical import MAX_TERMS, match_expression, saturated
 
 
 def found(catalogue, question: str, limit: int = 10, collection: str = "c") -> list[str]:
@@ -95,12 +95,21 @@ def test_titles_are_searched_too(catalogue, word_encoder):
     assert [catalogue.chunks_by_row("c", [row])[row].chunk.title for row, _ in rows] == ["Owl"]
 
 
-def test_the_score_is_bm25_saturated(catalogue, add):
+def test_a_word_of_the_title_counts_for_more(catalogue, word_encoder):
+    pairs = [("Owl", "it swims by night"), ("Eel", "an owl of old"), ("Bat", "it flies by night")]
+    chunks = [Chunk(t, x, tuple(word_encoder.encode(t, x)), "d", i) for i, (t, x) in enumerate(pairs)]
+    catalogue.replace_document("c", Document("d", "d", (Section("", "x"),), "d"), chunks, np.zeros((3, 64), np.float32))
+    rows = catalogue.rows_by_words("c", "owl", 5)
+    assert [catalogue.chunks_by_row("c", [row])[row].chunk.title for row, _ in rows] == ["Owl", "Eel"]
+    assert rows[0][1] > 1.2 * rows[1][1]
+
+
+def test_the_value_is_bm25(catalogue, add):
     """By hand: 4 chunks of 2 words, one with the word: idf = ln((4 - 1 + 0.5) / (1 + 0.5)), frequency part 1."""
     add("d", "penguin swims", "granite hard", "basalt dark", "marble white")
-    ((_, score),) = catalogue.rows_by_words("c", "penguin", 5)
-    idf = math.log(3.5 / 1.5)
-    assert score == pytest.approx(idf / (idf + 10))
+    ((_, value),) = catalogue.rows_by_words("c", "penguin", 5)
+    assert value == pytest.approx(math.log(3.5 / 1.5))
+    assert saturated(value) == pytest.approx(value / (value + 10))
 
 
 def test_the_limit_and_the_rows_asked_for_bound_what_is_found(catalogue, add):

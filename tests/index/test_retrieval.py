@@ -6,6 +6,8 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from index import (
     Catalogue,
@@ -23,7 +25,7 @@ from index import (
     ingest,
 )
 from index.filters import Comparison
-from index.retrieval import reciprocal_rank_fusion
+from index.fusion import fuse
 
 
 @pytest.fixture
@@ -143,18 +145,43 @@ def test_lexical_search_embeds_nothing(catalogue, data_dir, add):
         retriever.search("c", "penguin", SearchConfig(search_mode="hybrid"))
 
 
-def test_fusion_adds_up_reciprocal_ranks_as_a_share_of_the_best_possible():
+def test_fusion_adds_up_scores_as_shares_of_each_rankings_best():
+    dense, lexical = [(7, 0.9), (8, 0.6), (9, -0.1)], [(8, 20.0), (5, 5.0)]
+    fused = fuse([(dense, 0.4), (lexical, 0.6)], "scores")
+    assert dict(fused) == pytest.approx({7: 0.4, 8: 0.4 * 2 / 3 + 0.6, 9: 0, 5: 0.6 / 4})
+    assert [row for row, _ in fused] == [8, 7, 5, 9]
+    assert fuse([(dense, 0.5), (dense, 0.5)], "scores")[0] == (7, 1.0)
+    assert fuse([([(1, -0.2), (2, -0.3)], 1.0), ([], 0.0)], "scores") == [(1, 0.0), (2, 0.0)]
+
+
+def test_fusion_by_rank_adds_up_reciprocal_ranks_as_a_share_of_the_best_possible():
     dense, lexical = [(7, 0.9), (8, 0.8), (9, 0.1)], [(8, 0.5), (5, 0.4)]
-    fused = dict(reciprocal_rank_fusion([(dense, 0.4), (lexical, 0.6)]))
-    assert fused == pytest.approx({7: 0.4, 8: 0.4 * 11 / 12 + 0.6, 9: 0.4 * 11 / 13, 5: 0.6 * 11 / 12})
-    assert list(fused) == [8, 5, 7, 9]
-    assert reciprocal_rank_fusion([(dense, 0.5), (dense, 0.5)])[0] == (7, 1.0)
+    fused = fuse([(dense, 0.4), (lexical, 0.6)], "ranks")
+    assert dict(fused) == pytest.approx({7: 0.4, 8: 0.4 * 11 / 12 + 0.6, 9: 0.4 * 11 / 13, 5: 0.6 * 11 / 12})
+    assert [row for row, _ in fused] == [8, 5, 7, 9]
+    assert fuse([(dense, 0.5), (dense, 0.5)], "ranks")[0] == (7, 1.0)
 
 
-def test_hybrid_search_finds_what_either_search_finds(retriever, add):
+@given(
+    dense=st.dictionaries(st.integers(0, 9), st.floats(-1, 1)),
+    lexical=st.dictionaries(st.integers(0, 9), st.floats(1e-3, 1e3)),
+    scale=st.floats(1e-2, 1e2),
+    weight=st.floats(0, 1),
+)
+def test_fusion_does_not_depend_on_the_scale_of_a_ranking(dense, lexical, scale, weight):
+    by_meaning, by_words = (sorted(r.items(), key=lambda item: -item[1]) for r in (dense, lexical))
+    ours = fuse([(by_meaning, 1 - weight), (by_words, weight)], "scores")
+    scaled = [(row, score * scale) for row, score in by_words]
+    theirs = fuse([(by_meaning, 1 - weight), (scaled, weight)], "scores")
+    assert dict(ours) == pytest.approx(dict(theirs), abs=1e-9)
+    assert all(0 <= score <= 1 for _, score in ours) and {row for row, _ in ours} == {*dense, *lexical}
+
+
+@pytest.mark.parametrize("fusion", ["scores", "ranks"])
+def test_hybrid_search_finds_what_either_search_finds(retriever, add, fusion):
     """The first shares words with the question; the second only its meaning, which this embedder sees in no word."""
     add("d", *(f"granite {i} is hard" for i in range(150)), "the zebra swims", "the penguin dives")
-    hybrid = SearchConfig(search_mode="hybrid", max_similarity=1, top_k=200)
+    hybrid = SearchConfig(search_mode="hybrid", fusion=fusion, max_similarity=1, top_k=200)
     hits = retriever.search("c", "penguin dives", hybrid)
     assert len(hits) == 152 and hits[0].score == pytest.approx(1.0)
     assert texts(hits)[0] == "the penguin dives"
@@ -189,6 +216,44 @@ def test_the_threshold_cuts_the_score_of_each_mode(retriever, add):
         least = (every[0].score + (every[1].score if len(every) > 1 else 0)) / 2
         some = retriever.search("c", "penguin", SearchConfig(search_mode=mode, score_threshold=least))
         assert texts(some) == ["the penguin swims"]
+
+
+# --- several collections ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["dense", "lexical", "hybrid"])
+def test_several_collections_are_ranked_as_one(retriever, add, catalogue, mode):
+    """The same passages in one collection and spread over two: but for the rarity of words, all is as in one."""
+    catalogue.open_collection("other", "words-1", "hashing-1", 64)
+    catalogue.open_collection("both", "words-1", "hashing-1", 64)
+    for collection in ("c", "both"):
+        add("d", "the penguin swims", "granite is hard", "basalt is dark", collection=collection)
+    for collection in ("other", "both"):
+        add("e", "penguin swims, the penguin", "marble is white", "slate is grey", collection=collection)
+    search = SearchConfig(top_k=3, search_mode=mode, max_similarity=1)
+    spread = retriever.search_all(("c", "other"), "the penguin swims", search)
+    pooled = retriever.search("both", "the penguin swims", search)
+    assert set(texts(spread)) == set(texts(pooled)) and (mode != "dense" or texts(spread) == texts(pooled))
+    assert {hit.collection for hit in spread[:2]} == {"c", "other"}
+    assert [hit.score for hit in spread] == sorted((hit.score for hit in spread), reverse=True)
+
+
+def test_a_poor_collection_does_not_get_ahead_by_being_the_best_of_its_own(retriever, add, catalogue):
+    catalogue.open_collection("rocks", "words-1", "hashing-1", 64)
+    add("d", "the emperor penguin swims", "granite is hard", "basalt is dark")
+    add("e", "a penguin", "marble is white", "slate is grey", collection="rocks")
+    search = SearchConfig(top_k=2, search_mode="hybrid")
+    hits = retriever.search_all(("rocks", "c"), "emperor penguin swims", search)
+    assert texts(hits) == ["the emperor penguin swims", "a penguin"] and hits[0].score == 1 > hits[1].score
+
+
+def test_a_chunk_of_two_collections_is_found_once(retriever, add, catalogue):
+    catalogue.open_collection("other", "words-1", "hashing-1", 64)
+    for collection in ("c", "other"):
+        add("d", "the penguin swims", collection=collection)
+    for collections in (("c", "other"), ("c", "c")):
+        (hit,) = retriever.search_all(collections, "penguin", SearchConfig())
+        assert hit.collection == "c"
 
 
 # --- near-duplicates --------------------------------------------------------------------------------------------------

@@ -11,11 +11,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fusionrag import kernels
 from fusionrag.backends import KERNELS
-from index import Catalogue, DataDir
+from index import Catalogue, DataDir, Document, Section
 from scripts.cli import main
 
 KV_FILES = "kv/objects/*/*.safetensors"
@@ -61,6 +62,70 @@ def test_a_changed_document_leaves_no_kv_of_its_old_text(preprocessed, documents
     assert len(after) == 12 and len(before - after) >= 2
     with Catalogue(DataDir(preprocessed.data_dir).catalogue) as catalogue:
         assert {f"{o.digest}.safetensors" for o in catalogue.kv_objects("default")} == after
+
+
+# --- delete -----------------------------------------------------------------------------------------------------------
+
+
+def delete(shell, *args: object) -> int:
+    return main(["delete", "--data-dir", str(shell.data_dir), "--collection", "default", *map(str, args)])
+
+
+def test_deleting_by_file_folder_or_record_removes_text_and_kv(preprocessed, documents, tmp_path, capsys):
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    for name in ("a.txt", "b.txt"):
+        (notes / name).write_text(f"The {name} note is about nothing at all.")
+    assert preprocessed("ingest", notes) == 0 and len(files(preprocessed)) == 12
+    for path in notes.iterdir():
+        path.unlink()  # gone from the disk, not from the collection
+    capsys.readouterr()
+    assert delete(preprocessed, notes / "a.txt", f"{documents}#2") == 0
+    assert "2 documents with 2 chunks deleted" in capsys.readouterr().out
+    assert len(files(preprocessed)) < 12
+    assert delete(preprocessed, notes, documents) == 0
+    assert "6 documents with 6 chunks deleted" in capsys.readouterr().out
+    assert files(preprocessed) == {}
+    with Catalogue(DataDir(preprocessed.data_dir).catalogue) as catalogue:
+        assert catalogue.documents("default") == []
+
+
+def test_deleting_a_collection_leaves_nothing_of_it(preprocessed, capsys):
+    assert delete(preprocessed, "--all") == 0
+    assert "6 documents with 6 chunks deleted" in capsys.readouterr().out
+    assert files(preprocessed) == {} and list((preprocessed.data_dir / "faiss").iterdir()) == []
+    assert delete(preprocessed, "--all") == 2
+    assert "default" in capsys.readouterr().err
+
+
+def test_a_delete_that_names_one_unknown_path_deletes_nothing(preprocessed, documents, capsys):
+    for wrong in ([documents, "elsewhere.txt"], [], ["--all", documents]):
+        assert delete(preprocessed, *wrong) == 2
+    assert "'elsewhere.txt'" in capsys.readouterr().err
+    assert len(files(preprocessed)) == 12
+
+
+def test_an_upload_is_not_deleted_behind_the_servers_back(shell, documents, capsys):
+    assert shell("ingest", documents) == 0
+    with Catalogue(DataDir(shell.data_dir).catalogue) as catalogue:
+        upload = Document("file-" + "0" * 24, "Up", (Section("", "up"),), "up.txt")
+        catalogue.replace_document("default", upload, [], np.zeros((0, 384), np.float32))
+    assert delete(shell, "up.txt") == 2
+    assert "uploaded" in capsys.readouterr().err
+
+
+def test_kv_that_nobody_booked_is_swept_once_its_chunk_has_left(preprocessed, documents):
+    """A job that dies between storing and booking leaves such an object; it is kept as long as it can be of use."""
+    with Catalogue(DataDir(preprocessed.data_dir).catalogue) as catalogue:
+        catalogue.forget_kv([o.digest for o in catalogue.kv_objects("default")])
+    assert preprocessed("preprocess", "--num-related", 2) == 0  # books them again
+    before = files(preprocessed)
+    assert len(before) == 12
+    with Catalogue(DataDir(preprocessed.data_dir).catalogue) as catalogue:
+        catalogue.forget_kv([o.digest for o in catalogue.kv_objects("default")])
+    assert delete(preprocessed, f"{documents}#1") == 0
+    left = files(preprocessed)
+    assert len(left) == 10 and left.items() <= before.items()
 
 
 def test_killing_preprocess_anywhere_loses_nothing_and_computes_nothing_twice(shell, documents):

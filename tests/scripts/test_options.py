@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import logging
 from dataclasses import fields
 
@@ -29,6 +30,13 @@ def parse(cls: type, *argv: str, config=None) -> argparse.Namespace:
     parser.add_argument("--config", default=config)
     add_config_flags(parser, cls)
     return parser.parse_args(argv)
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch):
+    """Whatever the environment of the tests says of knobs, these begin without."""
+    for name in [name for name in os.environ if name.startswith("FUSIONRAG_")]:
+        monkeypatch.delenv(name)
 
 
 def test_no_two_knobs_share_a_name():

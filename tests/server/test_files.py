@@ -18,6 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fusionrag.errors import RequestError
+from index import Catalogue, DataDir, StorageFull
+from index.files import Files
 from server.config import ServerConfig
 from server.uploads import FormParts
 from tests.server.echo_rag import EchoRag, LiveServer, eventually, open_app, serving, until
@@ -254,6 +256,26 @@ async def test_without_live_collections_the_routes_are_not_there() -> None:
     async with open_app(EchoRag()) as client:
         for path in ("/v1/files", "/v1/vector_stores"):
             assert (await client.get(path)).status_code == 404
+
+
+def test_what_one_owner_may_keep_is_limited_and_says_so(tmp_path: Path) -> None:
+    data_dir = DataDir(tmp_path)
+    with Catalogue(data_dir.catalogue) as catalogue:
+        files = Files(catalogue, data_dir, max_owner_bytes=100)
+
+        def keep(owner: str, num_bytes: int) -> str:
+            upload = files.begin()
+            upload.write(b"x" * num_bytes)
+            return files.keep(upload, owner, "a.txt", "assistants").id
+
+        first = keep("ada", 60)
+        keep("ada", 40)
+        keep("ben", 100)  # others have a limit of their own
+        with pytest.raises(StorageFull, match=r"100 of the 100 bytes.*has 1;"):
+            keep("ada", 1)
+        assert len(list(data_dir.files.iterdir())) == 3, "what is refused leaves nothing"
+        files.delete(first, "ada")
+        keep("ada", 60)
 
 
 @pytest.mark.slow  # it imports everything once more

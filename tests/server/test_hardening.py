@@ -96,6 +96,8 @@ def test_a_configuration_that_is_printed_does_not_show_the_key() -> None:
         ("keep_alive_s", 0),
         ("drain_timeout_s", -1),
         ("num_prepare_threads", 0),
+        ("max_connections", 0),
+        ("max_owner_bytes", -1),
     ],
 )
 def test_a_bad_knob_is_refused_by_name(field: str, value: object) -> None:
@@ -276,7 +278,8 @@ async def test_a_server_with_a_full_queue_is_alive_but_not_ready(rag: EchoRag) -
         assert (await client.get("/health")).status_code == 200
         rag.engine.delay_s = 0
         assert (await asking).status_code == 200
-        assert (await client.get("/ready")).status_code == 200
+        while (await client.get("/ready")).status_code != 200:  # the answer is out a moment before its place is free
+            await asyncio.sleep(0.005)
 
 
 async def eventually_unready(client: httpx.AsyncClient) -> httpx.Response:

@@ -168,6 +168,22 @@ def test_an_answer_may_take_longer_than_a_head(rag: EchoRag) -> None:
         eventually(lambda: not rag.engine.live)
 
 
+def test_a_connection_too_many_is_told_so_and_closed_but_probes_are_answered(rag: EchoRag) -> None:
+    with serving(rag, ServerConfig(max_connections=2, drain_timeout_s=0)) as live, httpx.Client() as first:
+        assert first.get(live.url + "/v1/models").status_code == 200  # this connection stays open
+        with socket.create_connection(address_of(live.url), timeout=5) as second:
+            eventually(lambda: len(live.server.server_state.connections) == 2)
+            with httpx.Client() as third:
+                refused = third.get(live.url + "/v1/models")
+                assert (refused.status_code, refused.headers["connection"]) == (503, "close")
+                assert refused.json()["error"]["type"] == "server_error" and refused.headers["retry-after"] == "1"
+                assert third.get(live.url + "/health").status_code == 200
+            assert first.get(live.url + "/v1/models").status_code == 200
+            second.close()
+        eventually(lambda: len(live.server.server_state.connections) == 1)
+        assert httpx.get(live.url + "/v1/models").status_code == 200
+
+
 def address_of(url: str) -> tuple[str, int]:
     return "127.0.0.1", int(url.rpartition(":")[2])
 

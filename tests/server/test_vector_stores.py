@@ -166,6 +166,19 @@ def test_several_queries_find_what_each_finds_once_best_first_and_no_more_than_a
     assert all(hit.score >= 0.95 for hit in high) and len(high) < len(page.data)
 
 
+def test_a_search_can_weigh_meaning_and_words(sdk: openai.OpenAI) -> None:
+    store = sdk.vector_stores.create()
+    sdk.vector_stores.file_batches.upload_and_poll(store.id, files=[(n, t.encode()) for n, t in PLANETS.items()])
+
+    def found(**weights: float) -> list[str]:
+        options = {"hybrid_search": weights}
+        return [hit.content[0].text for hit in sdk.vector_stores.search(store.id, query="red", ranking_options=options)]
+
+    by_words = found(embedding_weight=0, text_weight=1)
+    assert by_words and all("red" in text.lower() for text in by_words)
+    assert len(found(embedding_weight=1, text_weight=0)) > len(by_words)
+
+
 def test_chunk_sizes_are_kept_per_file(sdk: openai.OpenAI, opened: Opened) -> None:
     text = " ".join(f"Sentence number {i} is here." for i in range(60))
     own, default = upload(sdk, "own.txt", text), upload(sdk, "default.txt", text + " End.")
