@@ -218,6 +218,11 @@ def load_model(config: ModelConfig) -> LanguageModel:
     if config.max_model_len > hf_config.max_position_embeddings:
         raise ConfigError("max_model_len", f"{config.model!r} ends at {hf_config.max_position_embeddings} tokens")
     tokenizer = load_tokenizer(config)
+    if len(tokenizer) > hf_config.vocab_size:  # on a GPU, an id without an embedding would end the whole process
+        raise UnsupportedModel(
+            f"model {config.model!r}: its tokenizer has {len(tokenizer)} tokens, its embedding {hf_config.vocab_size}; "
+            "the two do not belong together"
+        )
     try:
         with _no_progress_bar():
             hf = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)

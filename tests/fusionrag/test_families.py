@@ -195,6 +195,15 @@ def test_a_configuration_that_transformers_refuses_is_an_error_of_ours(tmp_path)
         load_model(ModelConfig(model=str(tmp_path)))
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model_has_embeddings_is_refused(
+    make_hf, make_config, tokenizer, tmp_path
+):
+    make_hf(make_config("llama", vocab_size=len(tokenizer) - 1), "eager").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match=r"tokenizer has 261 tokens, its embedding 260"):
+        load_model(ModelConfig(model=str(tmp_path), device="cpu"))
+
+
 def test_max_model_len_beyond_the_models_own_limit_is_refused_by_name(saved_model):
     with pytest.raises(ConfigError, match=r"max_model_len.*1024"):
         load_model(ModelConfig(model=str(saved_model), max_model_len=1025))
