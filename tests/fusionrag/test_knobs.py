@@ -29,7 +29,7 @@ NAN = float("nan")
         ("RetrievalConfig", "order", ["", "random"]),
         ("PreprocessConfig", "num_related", [-1, 65]),
         ("PreprocessConfig", "near_duplicate", [0, 1.1, NAN]),
-        ("StoreConfig", "kv_codec", ["", "int4"]),
+        ("StoreConfig", "kv_codec", ["", "int2"]),
         ("StoreConfig", "host_tier_bytes", [-1]),
         ("EngineConfig", "max_batch_tokens", [0, 15]),
         ("EngineConfig", "max_num_requests", [0]),
