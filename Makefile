@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-kernels check bench docs build clean
+.PHONY: help setup demo test test-gpu test-kernels check bench docs build clean
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,9 @@ test: setup $(VENV)/llamaindex/.ready ## all tests, with coverage
 test-kernels: setup ## the GPU kernels without a GPU: interpreted, and compiled for sm_80 and sm_90 (needs Triton: 200 MB)
 	$(PIP) install -q -c constraints.txt triton
 	$(BIN)/python -m pytest -q --durations=5 tests/fusionrag/kernels
+
+test-gpu: setup ## the engine and the kernels on this machine's GPU, the Hopper kernel too
+	FUSIONRAG_HOPPER_KERNEL=1 $(BIN)/python -m pytest -q -m gpu tests/fusionrag
 
 check: setup ## formatting, lint and types
 	$(BIN)/ruff format --check .

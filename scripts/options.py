@@ -31,7 +31,8 @@ from index.config import ChunkingConfig, EmbeddingConfig, SearchConfig, VectorIn
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 VARIABLE_PREFIX = "FUSIONRAG_"
-OTHER_VARIABLES = ("FUSIONRAG_CACHE", "FUSIONRAG_DATA_DIR", "FUSIONRAG_CONFIG")  # those that are no knob's
+# those that are no knob's
+OTHER_VARIABLES = ("FUSIONRAG_CACHE", "FUSIONRAG_DATA_DIR", "FUSIONRAG_CONFIG", "FUSIONRAG_HOPPER_KERNEL")
 
 CONFIGS: tuple[type, ...] = (
     ModelConfig,
