@@ -229,9 +229,11 @@ class Engine:
             route = self._router.choose(plan, sources, reuse.effective_ratio, is_first_exact)
             live.went(route)
             if route.way is Way.FULL:
+                self._loader.read_ahead(candidates)  # so that the next one finds it nearer
                 self._prefill(live)
                 return
             if route.way is Way.PREFIX:
+                self._loader.read_ahead(candidates[1:])
                 candidates = candidates[:1]
         stitched = stitch_(self.model, self._loader, self.arena, live.span, plan, candidates, prefix)
         live.note(load_ms=stitched.load_ms, reposition_ms=stitched.reposition_ms)

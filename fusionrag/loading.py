@@ -58,6 +58,10 @@ class Loader(Protocol):
         """For each chunk the first of its candidates that is stored, or None; in order, read ahead from disk."""
         ...
 
+    def read_ahead(self, candidates: Sequence[Sequence[KVSpec]]) -> None:
+        """Has what lies on disk read into host memory, sometime, for those who come later."""
+        ...
+
     def place_(self, arena: KVArena, span: Span, pieces: Sequence[Piece]) -> KVArrival | None:
         """Writes all pieces into the span. None: they are there; else what to wait for."""
         ...
@@ -75,6 +79,7 @@ class _Finder:
     def __init__(self, store: KVStore) -> None:
         self._store = store
         self._pool = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="kv-reader")
+        self._being_read: set[str] = set()  # ahead, by the name of the first candidate
 
     def locate(self, candidates: Sequence[Sequence[KVSpec]]) -> list[KVSource | None]:
         return [self._tier_of(specs) for specs in candidates]
@@ -92,6 +97,17 @@ class _Finder:
             found.append(held if held is not None else self._pool.submit(self._search, specs))
         for item in found:
             yield item.result() if isinstance(item, Future) else item
+
+    def read_ahead(self, candidates: Sequence[Sequence[KVSpec]]) -> None:
+        for specs in candidates:
+            name = specs[0].digest
+            if name not in self._being_read and self._tier_of(specs) is KVSource.DISK:
+                self._being_read.add(name)
+                self._pool.submit(self._read, name, specs)
+
+    def _read(self, name: str, specs: Sequence[KVSpec]) -> None:
+        self._search(specs)
+        self._being_read.discard(name)
 
     def _first_held(self, specs: Sequence[KVSpec]) -> Found | None:
         """What can be had without reading a file, of the first candidate that is stored at all."""

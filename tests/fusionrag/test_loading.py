@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
@@ -97,6 +98,32 @@ def test_asking_where_kv_lies_brings_none_of_it(bench, chunks, tmp_path):
     for _ in range(2):
         assert loader.locate(candidates) == [KVSource.DISK] * len(chunks)
     assert store.stats.bytes_read == 0
+
+
+def test_what_is_read_ahead_is_in_host_memory_later_and_nobody_waits_for_it(bench, chunks, tmp_path):
+    put(bench, DiskStore(tmp_path), chunks[:3])
+    store = open_store(tmp_path, StoreConfig())
+    loader, candidates = CpuLoader(bench.model, store), [(bench.spec(c),) for c in chunks]
+    for _ in range(3):
+        loader.read_ahead(candidates)
+    eventually(lambda: loader.locate(candidates) == [*[KVSource.HOST] * 3, None])
+    eventually(lambda: not loader._being_read)
+    assert store.stats.hits_disk == 3, "each once"
+
+
+def test_reading_ahead_does_not_wait(bench, chunks):
+    """The reads of this store end only when somebody comes to them."""
+    store = ColdStore(num_together=len(chunks) + 1)
+    put(bench, store, chunks)
+    CpuLoader(bench.model, store).read_ahead([(bench.spec(c),) for c in chunks])
+    store._together.wait(20)
+
+
+def eventually(condition, timeout_s=20.0):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.005)
 
 
 def test_pieces_are_in_the_span_when_place_returns(bench, chunks):

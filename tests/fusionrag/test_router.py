@@ -31,7 +31,7 @@ def make_bench_of(make_model):
 
 @pytest.fixture
 def plan(bench):
-    return bench.plan(bench.chunks(60, 50, 40))
+    return bench.plan(bench.chunks(600, 500, 400))
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_the_exact_prefix_is_chosen_where_only_the_other_chunks_are_slow(router,
 @given(faster_by=st.floats(-0.5, 0.5))
 def test_another_way_must_be_faster_by_the_margin(faster_by, make_bench_of):
     bench = make_bench_of()
-    plan, clock = bench.plan(bench.chunks(60, 50, 40)), PrefillClock(bench.model)
+    plan, clock = bench.plan(bench.chunks(600, 500, 400)), PrefillClock(bench.model)
     clock.observe_prefill(200, 200)
     router = Router(bench.model, clock)
     full_ms = clock.prefill_ms(plan.num_tokens)
@@ -112,7 +112,7 @@ def test_another_way_must_be_faster_by_the_margin(faster_by, make_bench_of):
 @given(ratios=st.lists(st.floats(0, 1), min_size=2, max_size=8), missing=st.booleans())
 def test_a_higher_ratio_is_never_predicted_to_be_faster(ratios, missing, make_bench_of):
     bench = make_bench_of()
-    plan, clock = bench.plan(bench.chunks(60, 50, 40)), PrefillClock(bench.model)
+    plan, clock = bench.plan(bench.chunks(600, 500, 400)), PrefillClock(bench.model)
     clock.observe_prefill(200, 200)
     router = Router(bench.model, clock)
     router.observe(plan, seen(plan, HOST, HOST, HOST, load_ms=3, probe_ms=2, recompute_ms=40))
@@ -125,6 +125,33 @@ def test_a_request_like_the_one_that_was_seen_is_predicted_to_take_as_long(route
     router.observe(plan, seen(plan, HOST, HOST, HOST, load_ms=3, probe_ms=2, recompute_ms=40, recompute_ratio=0.2))
     predicted = router.choose(plan, [HOST] * 3, 0.2).predicted_ms[Way.REUSE]
     assert predicted == pytest.approx(3 + 2 + 40, rel=1e-3)
+
+
+def test_one_request_that_was_slowed_down_changes_no_rate_that_is_known(router, plan):
+    for _ in range(3):
+        router.observe(plan, seen(plan, HOST, HOST, HOST, load_ms=3, probe_ms=2, recompute_ms=40))
+    before = router.choose(plan, [HOST] * 3, 0.2)
+    router.observe(plan, seen(plan, HOST, HOST, HOST, load_ms=3e4, probe_ms=2e4, recompute_ms=4e5))
+    assert router.choose(plan, [HOST] * 3, 0.2).predicted_ms == pytest.approx(before.predicted_ms)
+    for _ in range(4):  # it has become slow
+        router.observe(plan, seen(plan, HOST, HOST, HOST, load_ms=3e4, probe_ms=2e4, recompute_ms=4e5))
+    assert router.choose(plan, [HOST] * 3, 0.2).way is Way.FULL
+
+
+def test_passes_of_few_rows_tell_nothing_of_the_speed_of_long_ones(router, plan):
+    router.observe(plan, seen(plan, HOST, HOST, HOST, load_ms=3, recompute_ms=40, recompute_ratio=0.0))
+    assert router.choose(plan, [HOST] * 3, 0.2) == AS_ASKED, "only the tail was run"
+    router.observe(plan, seen(plan, HOST, HOST, HOST, load_ms=3, recompute_ms=90, recompute_ratio=0.2))
+    predicted = [router.choose(plan, [HOST] * 3, ratio).predicted_ms[Way.REUSE] for ratio in (0.0, 0.2)]
+    assert predicted == pytest.approx([43, 93], rel=1e-3)
+
+
+def test_what_the_probe_takes_hardly_depends_on_the_length_of_the_prompt(bench, clock):
+    short, long = (bench.plan(bench.chunks(600, 500, 400 * n)) for n in (1, 6))
+    router = Router(bench.model, clock)
+    router.observe(short, seen(short, HOST, HOST, HOST, load_ms=1e-9, probe_ms=100, recompute_ms=1e-9))
+    predicted = router.choose(long, [HOST] * 3, 0.2).predicted_ms[Way.REUSE]
+    assert 100 < predicted < 100 * long.num_tokens / short.num_tokens
 
 
 def test_only_requests_of_one_tier_teach_how_fast_it_is(router, plan):
@@ -145,7 +172,7 @@ class DistantStore(MemoryStore):
 
     def __init__(self, delay_s: float) -> None:
         super().__init__()
-        self.delay_s, self.near = delay_s, set()
+        self.delay_s, self.near, self.num_read = delay_s, set(), 0
 
     def recall(self, spec):
         return super().recall(spec) if spec.digest in self.near else None
@@ -154,6 +181,7 @@ class DistantStore(MemoryStore):
         hit = super().recall(spec)
         if hit is None:
             return None
+        self.num_read += 1
         time.sleep(self.delay_s)
         return StoredHit(hit.payload, DISK)
 
@@ -164,7 +192,7 @@ def distant(make_bench):
 
 
 def test_a_request_whose_kv_is_far_away_is_prefilled_in_full_and_its_receipt_says_so(distant):
-    chunks = distant.chunks(40, 30, 50)
+    chunks = distant.chunks(300, 200, 250)
     distant.preprocess(chunks)
     plan, engine = distant.plan(chunks), distant.engine(route="auto")
     engine.calibrate()
@@ -183,11 +211,12 @@ def test_a_request_whose_kv_is_far_away_is_prefilled_in_full_and_its_receipt_say
     assert 0 < second.predicted_ms < first.ttft_ms and 0 < second.predicted_full_ms < first.ttft_ms
     assert second.ttft_ms < 500, "it did not wait for the disk"
     assert tokens == ask(method="full")[0]
+    assert distant.store.num_read > len(chunks), "what was not waited for is read for those who come later"
     assert engine.arena.num_free == engine.arena.num_slots
 
 
 def test_a_request_that_is_sent_to_full_prefill_has_its_logits(distant):
-    chunks = distant.chunks(40, 30, 50)
+    chunks = distant.chunks(300, 200, 250)
     distant.preprocess(chunks)
     plan, engine = distant.plan(chunks), distant.engine(route="auto")
     engine.calibrate()
@@ -198,7 +227,7 @@ def test_a_request_that_is_sent_to_full_prefill_has_its_logits(distant):
 
 
 def test_a_request_that_takes_its_exact_prefix_alone_has_the_logits_of_full_prefill(distant):
-    first, *others = distant.chunks(300, 30, 50)
+    first, *others = distant.chunks(500, 150, 150)
     distant.preprocess([first, *others])
     distant.store.near = {distant.spec(first).digest}
     plan, engine = distant.plan([first, *others]), distant.engine(route="auto")
@@ -208,12 +237,12 @@ def test_a_request_that_takes_its_exact_prefix_alone_has_the_logits_of_full_pref
     prefilled = distant.prefill(plan, engine, recompute_ratio=0.2)
     assert prefilled.stats.way == "prefix"
     assert [c.source for c in prefilled.stats.chunks] == [HOST, COMPUTED, COMPUTED]
-    assert prefilled.stats.reused_tokens == plan.prefix.num_tokens + 300
+    assert prefilled.stats.reused_tokens == plan.prefix.num_tokens + 500
     torch.testing.assert_close(prefilled.logits, distant.full(plan), rtol=0, atol=1e-4)
 
 
 def test_a_first_chunk_that_is_not_exact_is_no_prefix_to_stop_at(distant):
-    chunks = distant.with_neighbours(distant.chunks(300, 30, 50), num_related=1)
+    chunks = distant.with_neighbours(distant.chunks(500, 150, 150), num_related=1)
     distant.preprocess(chunks)
     distant.store.near = {distant.spec(chunks[0], "fused").digest}
     plan, engine = distant.plan(chunks), distant.engine(route="auto")
@@ -224,7 +253,7 @@ def test_a_first_chunk_that_is_not_exact_is_no_prefix_to_stop_at(distant):
 
 
 def test_a_request_goes_as_asked_where_the_operator_wants_that(distant):
-    chunks = distant.chunks(40, 30)
+    chunks = distant.chunks(400, 300)
     distant.preprocess(chunks)
     plan, engine = distant.plan(chunks), distant.engine(route="reuse")
     engine.calibrate()
