@@ -26,6 +26,8 @@ from scripts.evaluation.metrics import normalize_answer
 NUM_SQUAD_PASSAGES = 10
 
 HopOrder = Literal["before", "after"]
+Half = Literal["selection", "reporting"]
+HALVES: tuple[Half, ...] = ("selection", "reporting")
 
 _PASSAGE_HEADER = re.compile(r"^Passage \d+:[ \t]*\n", re.MULTILINE)
 
@@ -53,9 +55,10 @@ class Example:
     gold: tuple[int, ...] = ()
 
 
-def load_dataset(path: str | Path, limit: int | None = None, seed: int = 0) -> list[Example]:
+def load_dataset(path: str | Path, limit: int | None = None, seed: int = 0, half: Half | None = None) -> list[Example]:
     """Reads a dataset file of any known form, in file order.
 
+    `half` keeps every other question: settings are chosen on `selection` (the 1st, 3rd, …), reported on `reporting`.
     `limit` keeps that many examples, drawn by `seed` over the whole file (files are sorted by type or by article); a
     smaller limit's examples are among a larger one's. `seed` also draws the distractor passages of the SQuAD form.
     Raises DatasetError naming file, record (place in the array, or line) and field.
@@ -75,6 +78,8 @@ def load_dataset(path: str | Path, limit: int | None = None, seed: int = 0) -> l
         if example.example_id in seen:
             raise DatasetError(f"{path}: field 'id': {example.example_id!r} names two questions; ids must be unique")
         seen.add(example.example_id)
+    if half is not None:
+        examples = examples[HALVES.index(half) :: 2]
     order = random.Random(seed).sample(range(len(examples)), len(examples))
     return [examples[i] for i in sorted(order[:limit])]
 

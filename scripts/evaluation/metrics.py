@@ -105,6 +105,20 @@ def paired_bootstrap(a: npt.ArrayLike, b: npt.ArrayLike, num_draws: int = 2000, 
     return bootstrap_mean(left - right, num_draws, seed)
 
 
+def bootstrap_ratio(a: npt.ArrayLike, b: npt.ArrayLike, num_draws: int = 2000, seed: int = 0) -> Interval:
+    """Mean of `a` over mean of `b`, with its 95 % interval; `a` and `b`: [n], values of the same n questions.
+
+    1 where all of `b` is 0 in a resample: there is nothing to lose. Raises ValueError if the lengths differ.
+    """
+    left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if left.ndim != 1 or left.size == 0 or left.shape != right.shape:
+        raise ValueError(f"a and b must be of the same questions, got shapes {list(left.shape)}, {list(right.shape)}")
+    picks = np.random.default_rng(seed).integers(left.size, size=(num_draws, left.size))
+    tops, bottoms = left[picks].mean(axis=1), right[picks].mean(axis=1)
+    low, high = np.percentile(np.divide(tops, bottoms, out=np.ones_like(tops), where=bottoms > 0), [2.5, 97.5])
+    return Interval(float(left.mean() / right.mean()) if right.any() else 1.0, float(low), float(high))
+
+
 def _token_f1(tokens: list[str], gold: list[str]) -> float:
     if not tokens or not gold:  # SQuAD 2.0's rule: nothing left equals only nothing left
         return float(tokens == gold)

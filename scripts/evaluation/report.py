@@ -30,6 +30,30 @@ class Difference:
     n: int
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Two configurations, perhaps of two runs, over their common questions: `a` minus `b`."""
+
+    a: Configuration
+    b: Configuration
+    difference: Difference
+
+
+def compare(a: Sequence[Record], b: Sequence[Record]) -> Comparison | None:
+    """Records of one configuration each; None without a common question."""
+    base = {record.example_id: record for record in b}
+    pairs = [(record, base[record.example_id]) for record in a if record.example_id in base]
+    if not pairs:
+        return None
+    return Comparison(a[0].configuration, b[0].configuration, _difference(a[0].configuration, pairs))
+
+
+def format_comparisons(comparisons: Sequence[Comparison]) -> str:
+    """Each comparison as a line of an aligned table: both configurations, then the differences with intervals."""
+    cells = [[_label(c.a), _label(c.b), *_difference_cells(c.difference)] for c in comparisons]
+    return "A minus B [95 % interval]\n" + table(["A", "B", "F1", "NLL", "KL", "n"], cells)
+
+
 def paired_differences(records: Iterable[Record], baseline: Configuration) -> list[Difference]:
     """Every other configuration against `baseline`, with 95 % intervals; those without a common question are left out.
 
@@ -38,13 +62,9 @@ def paired_differences(records: Iterable[Record], baseline: Configuration) -> li
     groups = by_configuration(records)
     if baseline not in groups:
         raise RecordError(f"baseline: {_label(baseline)} was not run; run are {'; '.join(map(_label, groups))}")
-    base = {record.example_id: record for record in groups.pop(baseline)}
-    differences = []
-    for configuration, group in groups.items():
-        pairs = [(record, base[record.example_id]) for record in group if record.example_id in base]
-        if pairs:
-            differences.append(_difference(configuration, pairs))
-    return differences
+    base = groups.pop(baseline)
+    comparisons = [compare(group, base) for group in groups.values()]
+    return [comparison.difference for comparison in comparisons if comparison is not None]
 
 
 def format_rows(rows: Sequence[Row]) -> str:
@@ -56,10 +76,7 @@ def format_rows(rows: Sequence[Row]) -> str:
 def format_differences(differences: Sequence[Difference], baseline: Configuration) -> str:
     """The differences as an aligned table under a line that names the baseline."""
     header = [*_KNOBS, "F1", "NLL", "KL", "n"]
-    cells = [
-        [*_knobs(d.configuration), _interval(d.f1, 1), _interval(d.answer_nll, 3), _interval(d.kl_to_full, 3), str(d.n)]
-        for d in differences
-    ]
+    cells = [[*_knobs(d.configuration), *_difference_cells(d)] for d in differences]
     return f"difference to {_label(baseline)} [95 % interval]\n{table(header, cells)}"
 
 
@@ -112,6 +129,11 @@ def _difference(configuration: Configuration, pairs: list[tuple[Record, Record]]
     return Difference(
         configuration, interval("f1", 100), interval("answer_nll", 1), interval("kl_to_full", 1), len(pairs)
     )
+
+
+def _difference_cells(difference: Difference) -> list[str]:
+    d = difference
+    return [_interval(d.f1, 1), _interval(d.answer_nll, 3), _interval(d.kl_to_full, 3), str(d.n)]
 
 
 def _row_cells(row: Row) -> list[str]:

@@ -377,3 +377,60 @@ def test_bench_kernels_takes_shapes_instead_of_a_model_and_refuses_half_of_one(c
     assert "--head-dim" in capsys.readouterr().err
     assert main([*args[:-1], "decod", *shape]) == 2
     assert "decod" in capsys.readouterr().err
+
+
+@pytest.fixture
+def questions(tmp_path):
+    from tests.scripts.conftest import PASSAGES
+
+    ctxs = [{"title": title, "text": text} for title, text in PASSAGES]
+    path = tmp_path / "questions.json"
+    path.write_text(
+        json.dumps([{"question": f"Who is {t}?", "answers": [t], "ctxs": ctxs[:3]} for t, _ in PASSAGES[:4]])
+    )
+    return path
+
+
+def test_evaluate_on_a_half_answers_every_other_question(tmp_path, tiny_model, questions):
+    shared = ["evaluate", "--dataset", str(questions), "--methods", "full", "--model", str(tiny_model)]
+    found = []
+    for half in ("selection", "reporting"):
+        out = tmp_path / f"{half}.jsonl"
+        assert main([*shared, "--half", half, "--records", str(out)]) == 0
+        found.append({json.loads(line)["example_id"] for line in out.read_text().splitlines()})
+    assert [len(ids) for ids in found] == [2, 2] and not found[0] & found[1]
+
+
+def test_evaluate_compare_pairs_two_runs_and_two_configurations(tmp_path, tiny_model, questions, capsys):
+    shared = ["evaluate", "--dataset", str(questions), "--model", str(tiny_model), "--methods", "full,reuse,default"]
+    a, b = (str(tmp_path / f"{name}.jsonl") for name in "ab")
+    assert main([*shared, "--records", a]) == main([*shared, "--records", b]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", "compare", a, b]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 3 and all("+0.000 [+0.000, +0.000]" in line for line in lines[2:])
+    assert main(["evaluate", "compare", f"{a}#default@0.15@0", f"{a}#reuse@0@0"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()[2:]
+    assert "default (ratio 0.15, 0 related)" in line and "reuse (ratio 0, 0 related)" in line
+    assert main(["evaluate", "compare", f"{a}#default@0.15@0", b]) == 2
+    assert main(["evaluate", "compare", f"{a}#default@0.7@0", f"{b}#reuse@0@0"]) == 2
+
+
+def test_evaluate_tune_finds_a_ratio_and_reports_it_on_the_other_half(tmp_path, tiny_model, questions, capsys):
+    out = tmp_path / "tuned.json"
+    args = ["evaluate", "tune", "--dataset", questions, "--model", tiny_model, "--ratios", "0,0.5", "--json", out]
+    assert main([str(a) for a in args]) == 0
+    assert "recompute_ratio = " in capsys.readouterr().out
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["recompute_ratio"] in (0, 0.5, 1) and row["num_questions"] == 2
+    assert main([*map(str, args), "--target", "2"]) == 2 and "target" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("enough", [0.0, 0.05, 0.1, 0.3, 1.0])
+def test_the_smallest_ratio_that_is_enough_is_found(enough):
+    from scripts.commands.evaluate_tune import smallest
+
+    tried: list[float] = []
+    ratios = [0.0, 0.05, 0.1, 0.2, 0.3, 1.0]
+    assert smallest(ratios, lambda ratio: tried.append(ratio) or ratio >= enough) == enough
+    assert len(tried) <= 3

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from scripts.evaluation.datasets import Example, Passage, hop_order, load_dataset
+from scripts.evaluation.datasets import HALVES, Example, Passage, hop_order, load_dataset
 from scripts.evaluation.errors import DatasetError
 
 SHARED_DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"
@@ -174,6 +174,13 @@ def test_limit_keeps_file_order_and_smaller_limits_are_subsets(tmp_path: Path) -
     assert set(small) < set(large) < set(everything)
     assert large == sorted(large, key=everything.index)
     assert load(tmp_path, squad(), limit=99) == everything
+
+
+def test_halves_are_every_other_question_and_limits_are_drawn_within_them(tmp_path: Path) -> None:
+    everything = load(tmp_path, squad())
+    chosen, reported = (load(tmp_path, squad(), half=half) for half in HALVES)
+    assert (chosen, reported) == (everything[::2], everything[1::2])
+    assert set(load(tmp_path, squad(), limit=2, half="reporting")) < set(reported)
 
 
 @pytest.mark.parametrize("limit", [0, -1])

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scripts.evaluation.metrics import (
     Interval,
     bootstrap_mean,
+    bootstrap_ratio,
     exact_match,
     f1_score,
     kl_to_full,
@@ -196,3 +197,13 @@ def test_bootstrap_repeats_under_a_seed_and_moves_with_it() -> None:
 def test_bootstrap_refuses_what_it_cannot_resample(a, b, num_draws: int, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         paired_bootstrap(a, b, num_draws)
+
+
+def test_the_interval_of_a_ratio_of_means_is_that_of_its_questions() -> None:
+    full = [1.0, 0.5, 0.0, 1.0]
+    assert bootstrap_ratio([0.5, 0.25, 0.0, 0.5], full).mean == 0.5
+    found = bootstrap_ratio([1.0, 0.0, 0.0, 1.0], full)
+    assert found.low < found.mean == 0.8 < found.high
+    assert bootstrap_ratio([0.0], [0.0]) == Interval(1.0, 1.0, 1.0)
+    with pytest.raises(ValueError, match="same questions"):
+        bootstrap_ratio([1.0], full)
