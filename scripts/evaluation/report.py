@@ -16,7 +16,13 @@ from scripts.evaluation.metrics import Interval, paired_bootstrap
 from scripts.evaluation.records import Configuration, GroupRow, Record, Row, by_configuration
 
 _KNOBS = ("method", "ratio", "related")
-_PANELS = (("f1", "F1 (percent points)"), ("kl_to_full", "KL to full prefill (nats)"))
+_RATIO, _TTFT = "recomputed share of the reused tokens (%)", "time to first token (ms, median)"
+_F1, _KL = "F1 (percent points)", "KL to full prefill (nats)"
+_PANELS = (
+    ("recompute_ratio", _RATIO, "f1", _F1),
+    ("recompute_ratio", _RATIO, "kl_to_full", _KL),
+    ("ttft_ms_p50", _TTFT, "f1", _F1),
+)
 
 
 @dataclass(frozen=True)
@@ -92,33 +98,35 @@ def format_groups(rows: Sequence[GroupRow]) -> str:
 
 
 def plot_quality(rows: Sequence[Row], path: str | Path) -> None:
-    """Writes a PNG: F1, and KL to full prefill, against the ratio, a line per method and num_related.
+    """Writes a PNG: F1, and KL to full prefill, against the ratio; F1 against TTFT. A line a method and num_related.
 
-    `full` and `reuse` are horizontal lines. Raises PlotError without matplotlib.
+    Against the ratio, `full` and `reuse` are horizontal lines. Raises PlotError without matplotlib.
     """
     try:
         matplotlib = importlib.import_module("matplotlib.figure")  # not pyplot: no display, no global state
     except ImportError as error:
         raise PlotError("plot_quality needs matplotlib; install it, or leave the figure out") from error
 
-    figure = matplotlib.Figure(figsize=(10, 4), layout="constrained")
+    figure = matplotlib.Figure(figsize=(15, 4.5), layout="constrained")
     axes = figure.subplots(1, len(_PANELS))
     series: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         series.setdefault((row.method, row.num_related), []).append(row)
-    for axis, (field, title) in zip(axes, _PANELS, strict=True):
+    for axis, (across, across_title, up, up_title) in zip(axes, _PANELS, strict=True):
         for place, ((method, num_related), members) in enumerate(series.items()):
             label, color = f"{method}, {num_related} related", f"C{place}"
-            if method in ("full", "reuse"):
-                axis.axhline(getattr(members[0], field), label=label, color=color, linestyle="--", linewidth=1)
+            if across == "recompute_ratio" and method in ("full", "reuse"):
+                axis.axhline(getattr(members[0], up), label=label, color=color, linestyle="--", linewidth=1)
             else:
-                points = sorted((100 * row.recompute_ratio, getattr(row, field)) for row in members)
+                scale = 100 if across == "recompute_ratio" else 1
+                ordered = sorted(members, key=lambda row: row.recompute_ratio)
+                points = [(scale * getattr(row, across), getattr(row, up)) for row in ordered]
                 axis.plot(*zip(*points, strict=True), label=label, color=color, marker="o", markersize=4)
-        axis.set_xlabel("recomputed share of the reused tokens (%)")
-        axis.set_ylabel(title)
+        axis.set_xlabel(across_title)
+        axis.set_ylabel(up_title)
         axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path, format="png", dpi=150)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, format="png", dpi=130)
 
 
 def _difference(configuration: Configuration, pairs: list[tuple[Record, Record]]) -> Difference:
