@@ -13,7 +13,7 @@ from fusionrag.errors import ConfigError
 
 MAX_AUTO_ARENA_TOKENS = 65536
 DENSE_ATTENTION = ("auto", "flash-attn", "sdpa", "rows")
-METHODS = ("attention", "fusionrag", "cacheblend", "epic", "random", "full", "reuse")
+METHODS = ("attention", "fusionrag", "cacheblend", "cacheblend_gradual", "epic", "random", "full", "reuse")
 
 
 def knob(default: Any, help: str, **metadata: Any) -> Any:
@@ -81,9 +81,7 @@ class PromptConfig:
 class ReuseConfig:
     """How stored KV is turned into an answer. The baselines are values of these fields, not code paths."""
 
-    method: str = knob(
-        "attention", "which tokens to recompute: attention, fusionrag, cacheblend, epic, random, full, reuse"
-    )
+    method: str = knob("attention", f"which tokens to recompute: {', '.join(METHODS)}")
     recompute_ratio: float = knob(0.15, "share of the reused tokens that is recomputed, 0 to 1; 1 is full prefill")
     probe_layers: str = knob(
         "late",

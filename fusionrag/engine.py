@@ -30,7 +30,7 @@ from fusionrag.live_request import EngineRequest, LiveRequest
 from fusionrag.loading import make_loader
 from fusionrag.model import LanguageModel
 from fusionrag.reprocess.probe import ScoreInputs
-from fusionrag.reprocess.recompute import correction, recompute_positions
+from fusionrag.reprocess.recompute import recompute_observer, recompute_positions
 from fusionrag.reprocess.select import choose
 from fusionrag.router import AS_ASKED, Router, Way
 from fusionrag.scheduler import Share, pack
@@ -267,7 +267,7 @@ class Engine:
         )
         selection = choose(inputs, stitched.num_reused)
         selected = selection.positions
-        live.observer = correction(self.model, self.arena, plan, stitched.chunk_of, selected, reuse.correction)
+        live.observer = recompute_observer(self.model, self.arena, plan, stitched.chunk_of, selected, reuse)
         live.stitched = None
         live.queue(recompute_positions(plan, selected))
         live.choose(stitched, selected)

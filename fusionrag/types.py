@@ -51,7 +51,8 @@ class AttentionObserver(Protocol):
 
     `queries` are rotated; `keys` are the un-rotated keys and `values` the values of the rows themselves. The arena
     already holds the rows' rotated keys when `after_write` runs, and still holds what was there when `before_write`
-    runs. Neither may change the rows; `before_write` may change *other* slots of the group's own span.
+    runs. Neither may change the rows; of the group's own span, `before_write` may change other slots, and `after_write`
+    any slot: what it holds then is what the rows attend to.
     """
 
     def before_write(self, layer: int, group: RowGroup, keys: torch.Tensor, values: torch.Tensor) -> None:

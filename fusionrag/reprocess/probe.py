@@ -76,16 +76,16 @@ def fusionrag_scores(inputs: ScoreInputs) -> torch.Tensor:
 
 
 def cacheblend_scores(inputs: ScoreInputs) -> torch.Tensor:
-    """Squared deviation of fresh from stored keys and values at layer 1, every chunk token run through layer 0.
+    """As its code has it: squared deviation of fresh from stored values at layer 1, all chunk tokens run to there.
 
     Leaves the arena as it was but for layer 0, whose keys and values are the same in every context.
     """
-    probe = _DeviationProbe(inputs)
-    stop = inputs.plan.tail.start
-    rows = inputs.model.rows(inputs.plan.token_ids[:stop])
-    group = RowGroup(inputs.span, *rows, observer=probe, arrival=inputs.arrival, first_position=0)
-    _observe(inputs.model, group, inputs.arena)
-    return probe.importance
+    return _deviation(inputs, with_keys=False)
+
+
+def cacheblend_gradual_scores(inputs: ScoreInputs) -> torch.Tensor:
+    """As the paper has it: keys and values. Where the gradual filter starts; `blend` has the rest."""
+    return _deviation(inputs, with_keys=True)
 
 
 def epic_scores(inputs: ScoreInputs) -> torch.Tensor:
@@ -133,6 +133,15 @@ def _observe(model: LanguageModel, group: RowGroup, arena: KVArena) -> None:
     """A forward pass for its observer's sake; ends when the observer has seen enough."""
     with contextlib.suppress(StopForward):
         model.forward([group], arena)
+
+
+def _deviation(inputs: ScoreInputs, with_keys: bool) -> torch.Tensor:
+    probe = _DeviationProbe(inputs, with_keys)
+    stop = inputs.plan.tail.start
+    rows = inputs.model.rows(inputs.plan.token_ids[:stop])
+    group = RowGroup(inputs.span, *rows, observer=probe, arrival=inputs.arrival, first_position=0)
+    _observe(inputs.model, group, inputs.arena)
+    return probe.importance
 
 
 class _Probe:
@@ -203,13 +212,17 @@ class _CanonicalProbe(_Probe):
 
 
 class _DeviationProbe(_Probe):
+    def __init__(self, inputs: ScoreInputs, with_keys: bool) -> None:
+        super().__init__(inputs)
+        self._with_keys = with_keys
+
     def before_write(self, layer: int, group: RowGroup, keys: torch.Tensor, values: torch.Tensor) -> None:
         if layer < CACHEBLEND_LAYER:
             return
-        rope = self.inputs.model.rope
-        fresh = rope.rotate(keys, *rope.tables(group.positions))  # rotation keeps distances
+        rope, n = self.inputs.model.rope, group.num_rows
         stored_keys, stored_values = self.inputs.arena.view(layer, group.span)
-        n = group.num_rows
-        deviation = (fresh - stored_keys[:, :n]).float().pow(2) + (values - stored_values[:, :n]).float().pow(2)
-        self.importance[:n] = deviation.sum((0, 2))
+        self.importance[:n] = (values - stored_values[:, :n]).float().pow(2).sum((0, 2))
+        if self._with_keys:
+            fresh = rope.rotate(keys, *rope.tables(group.positions))  # rotation keeps distances
+            self.importance[:n] += (fresh - stored_keys[:, :n]).float().pow(2).sum((0, 2))
         raise StopForward

@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 
 from fusionrag.arena import KVArena
+from fusionrag.config import ReuseConfig
 from fusionrag.model import LanguageModel
+from fusionrag.reprocess.blend import GradualFilter
 from fusionrag.reprocess.correct import MeanResidual
 from fusionrag.types import AttentionObserver, PromptPlan
 
@@ -20,15 +22,19 @@ def recompute_positions(plan: PromptPlan, selected: torch.Tensor) -> torch.Tenso
     return torch.cat([selected, tail])
 
 
-def correction(
+def recompute_observer(
     model: LanguageModel,
     arena: KVArena,
     plan: PromptPlan,
     chunk_of: torch.Tensor,
     selected: torch.Tensor,
-    weight: float,
+    config: ReuseConfig,
 ) -> AttentionObserver | None:
-    """The observer that corrects the tokens left alone during the recompute pass, or None when there is none to do."""
-    if weight == 0 or len(selected) == 0:
+    """What acts between the layers of the recompute pass, if anything does: a correction, or CacheBlend's filter."""
+    if len(selected) == 0:
         return None
-    return MeanResidual(arena, model.rope, plan, chunk_of, selected, weight)
+    if config.method == "cacheblend_gradual":
+        return GradualFilter(arena, model.rope, selected, model.shape.num_layers)
+    if config.correction == 0:
+        return None
+    return MeanResidual(arena, model.rope, plan, chunk_of, selected, config.correction)

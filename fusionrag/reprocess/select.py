@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import torch
 
 from fusionrag.clock import Mark
-from fusionrag.reprocess import probe
+from fusionrag.reprocess import blend, probe
 
 SCORERS: dict[str, probe.Scorer] = {
     "attention": probe.attention_scores,
     "fusionrag": probe.fusionrag_scores,
     "cacheblend": probe.cacheblend_scores,
+    "cacheblend_gradual": probe.cacheblend_gradual_scores,
     "epic": probe.epic_scores,
     "random": probe.random_scores,
 }
@@ -47,7 +48,8 @@ class Selection:
 def choose(inputs: probe.ScoreInputs, num_reused: int) -> Selection:
     """Scores and selects as the request's configuration says; nothing is scored where all or none are taken."""
     config, candidates, device = inputs.config, inputs.candidates, inputs.model.device
-    num_selected = budget(config.effective_ratio, num_reused, len(candidates))
+    ratio = config.effective_ratio * (blend.START if config.method == "cacheblend_gradual" else 1)
+    num_selected = budget(ratio, num_reused, len(candidates))
     begin = Mark.now(device)
     if num_selected in (0, len(candidates)):
         return Selection(candidates[:num_selected], begin, begin, begin)

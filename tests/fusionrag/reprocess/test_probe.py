@@ -141,12 +141,14 @@ def test_cacheblend_scores_equal_the_deviation_from_full_prefill_at_layer_1(fami
     ids, positions = model.rows(plan.token_ids)
     span = arena.allocate(plan.num_tokens)
     model.forward([RowGroup(span, ids, positions, observer=capture)], arena)
-    fresh, importance = capture.chunk_kv(), probe.cacheblend_scores(inputs)
+    fresh = capture.chunk_kv()
+    by_values, by_both = probe.cacheblend_scores(inputs), probe.cacheblend_gradual_scores(inputs)
     for segment in plan.chunks:
         stored, at = bench.store.get(bench.spec(segment.chunk)).kv, slice(segment.start, segment.stop)
         keys, values = fresh.keys[1][:, at] - stored.keys[1], fresh.values[1][:, at] - stored.values[1]
+        torch.testing.assert_close(by_values[at], values.pow(2).sum((0, 2)), rtol=1e-4, atol=1e-4)
         expected = (model.rope.scaling * keys).pow(2).sum((0, 2)) + values.pow(2).sum((0, 2))
-        torch.testing.assert_close(importance[at], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(by_both[at], expected, rtol=1e-4, atol=1e-4)
         # keys are compared as attention sees them: rotated, which keeps distances, and scaled (YaRN)
         assert (expected.max() > 0.1) == (segment.start > plan.prefix.stop)  # the first chunk deviates nowhere
 
@@ -154,7 +156,7 @@ def test_cacheblend_scores_equal_the_deviation_from_full_prefill_at_layer_1(fami
 def test_cacheblend_scores_leave_the_arena_as_it_was(bench):
     inputs = lay(bench, 11, 14, 9)
     before = inputs.arena.keys.clone(), inputs.arena.values.clone()
-    probe.cacheblend_scores(inputs)
+    probe.cacheblend_gradual_scores(inputs)
     for now, then in zip((inputs.arena.keys, inputs.arena.values), before, strict=True):
         torch.testing.assert_close(now[0], then[0], rtol=0, atol=1e-5)  # layer 0 is the same in every context
         assert torch.equal(now[1:], then[1:])
