@@ -135,11 +135,21 @@ class RetrievalConfig:
 class PreprocessConfig:
     """The offline job."""
 
-    num_related: int = knob(5, "related chunks laid in front of each chunk when its fused KV is computed; 0: raw only")
+    num_related: int = knob(6, "related chunks that each chunk's fused KV is computed behind; 0: raw only")
+    related_by: str = knob(
+        "both", "how related chunks are found: words (rare words shared), meaning (nearest vectors), or both in turns"
+    )
+    fuse_behind: str = knob(
+        "each",
+        "each: one KV behind each related chunk, and a request takes that of a chunk it holds as well; "
+        "all: one KV behind all of them",
+    )
     near_duplicate: float = knob(0.95, "chunks at least this similar (cosine) are skipped as related chunks")
 
     def __post_init__(self) -> None:
         require(0 <= self.num_related <= 64, "num_related", f"must lie in [0, 64], got {self.num_related}")
+        require(self.related_by in ("words", "meaning", "both"), "related_by", f"unknown way {self.related_by!r}")
+        require(self.fuse_behind in ("each", "all"), "fuse_behind", "must be 'each' or 'all'")
         require(0 < self.near_duplicate <= 1, "near_duplicate", f"must lie in (0, 1], got {self.near_duplicate}")
 
 

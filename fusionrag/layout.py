@@ -51,12 +51,26 @@ class Naming:
     def spec(self, token_ids: Sequence[int], kind: KVKind, related: tuple[str, ...] = ()) -> KVSpec:
         return _spec(self, tuple(token_ids), kind, related)
 
-    def candidates(self, chunk: PromptChunk, is_first: bool, first_chunk_raw: bool) -> tuple[KVSpec, ...]:
-        """The objects that may stand for a chunk, best first: raw is exact behind the prefix, else fused is nearer."""
+    def candidates(
+        self,
+        chunk: PromptChunk,
+        is_first: bool,
+        first_chunk_raw: bool,
+        before: Sequence[str] = (),
+        after: Sequence[str] = (),
+    ) -> tuple[KVSpec, ...]:
+        """The objects that may stand for a chunk, best first. `before`, `after`: ids of the prompt's other chunks.
+
+        Raw KV is exact right behind the prefix. KV that was fused behind one chunk is for prompts that hold that chunk:
+        best in front of this one, where full prefill would have looked at it too. KV behind several is for any prompt.
+        """
         raw = self.spec(chunk.token_ids, "raw")
-        if not chunk.related or (is_first and first_chunk_raw):
+        if is_first and first_chunk_raw:
             return (raw,)
-        return (self.spec(chunk.token_ids, "fused", chunk.related), raw)
+        contexts = chunk.contexts
+        if chunk.fused_behind == "each":
+            contexts = tuple(c for place in (before, after) for c in contexts if c[0] in place)
+        return (*(self.spec(chunk.token_ids, "fused", context) for context in contexts), raw)
 
 
 @lru_cache(MAX_SPECS)
@@ -69,7 +83,10 @@ def _spec(names: Naming, token_ids: tuple[int, ...], kind: KVKind, related: tupl
 def plan_candidates(names: Naming, plan: PromptPlan, config: ReuseConfig) -> list[tuple[KVSpec, ...]]:
     """For each chunk of the plan, the objects that may stand for it, best first."""
     chunks = [s.chunk for s in plan.chunks if s.chunk is not None]
-    return [names.candidates(chunk, i == 0, config.first_chunk_raw) for i, chunk in enumerate(chunks)]
+    ids = [chunk.chunk_id for chunk in chunks]
+    return [
+        names.candidates(chunk, i == 0, config.first_chunk_raw, ids[:i], ids[i + 1 :]) for i, chunk in enumerate(chunks)
+    ]
 
 
 def naming(model: LanguageModel, codec: str, prefix_ids: tuple[int, ...], owner: str = "") -> Naming:

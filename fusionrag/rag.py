@@ -95,11 +95,13 @@ class Rag:
         catalogue: Catalogue | None = None,
         retriever: Retriever | None = None,
         search: SearchConfig | None = None,
+        fused_behind: str = "all",
     ) -> None:
+        """fused_behind: as `preprocess` computed the fused KV (`PreprocessConfig.fuse_behind`)."""
         self.engine, self.prompts = engine, prompts
         self._retrieval, self.reuse = retrieval, reuse
         self.search = search or SearchConfig()
-        self._catalogue, self._retriever = catalogue, retriever
+        self._catalogue, self._retriever, self._fused_behind = catalogue, retriever, fused_behind
         parse_layers(reuse.probe_layers, engine.model.shape.num_layers)  # now, not in the first request
 
     @property
@@ -161,7 +163,12 @@ class Rag:
             ids = [hit.chunk.chunk_id for hit in found if hit.collection == name]
             related |= {(name, chunk_id): others for chunk_id, others in self._catalogue.related(name, ids).items()}
         chunks = [
-            PromptChunk(hit.chunk.chunk_id, hit.chunk.token_ids, related.get((hit.collection, hit.chunk.chunk_id)))
+            PromptChunk(
+                hit.chunk.chunk_id,
+                hit.chunk.token_ids,
+                related.get((hit.collection, hit.chunk.chunk_id)),
+                self._fused_behind,
+            )
             for hit in found
         ]
         return chunks, tuple(_source(i, hit) for i, hit in enumerate(found, start=1))

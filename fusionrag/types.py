@@ -161,6 +161,14 @@ class PromptChunk:
     chunk_id: str
     token_ids: tuple[int, ...]
     related: tuple[str, ...] | None = None
+    fused_behind: str = "all"  # of `related`: one fused KV behind all of them, or one behind each
+
+    @property
+    def contexts(self) -> tuple[tuple[str, ...], ...]:
+        """What each of its fused KVs stands behind, best first."""
+        if not self.related:
+            return ()
+        return (self.related,) if self.fused_behind == "all" else tuple((other,) for other in self.related)
 
 
 @dataclass(frozen=True)

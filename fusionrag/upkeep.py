@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
 
 from fusionrag.config import PreprocessConfig
@@ -26,10 +26,12 @@ from fusionrag.types import PromptChunk
 from index import Catalogue, DataDir, open_index
 from index.config import VectorIndexConfig
 from index.errors import CollectionNotFound
+from index.rare_words import RareWords
 from index.types import Collection
 
 log = logging.getLogger(__name__)
 LOOK_EVERY_S = 1.0
+WORDS_CHUNKS = 500  # whose words are counted in one piece of work
 BATCH_CHUNKS = 64  # chunks whose token ids are in memory at a time
 
 
@@ -105,23 +107,32 @@ class Upkeep:
         seen.done &= set(chunk_ids)
         without = self._catalogue.chunk_ids_without_related(collection.name)
         if self._config.num_related and without:
-            found = self._find_related(collection, row_ids, without)
-            seen.done -= found
+            words = yield from self._words(collection.name)
+            seen.done -= self._find_related(collection, row_ids, without, words)
             yield
         waiting = [c for c in chunk_ids if c not in seen.done]
         for begin in range(0, len(waiting), BATCH_CHUNKS):
             yield from self._compute(collection, waiting[begin : begin + BATCH_CHUNKS], seen)
         seen.revision = collection.revision
 
-    def _find_related(self, collection: Collection, row_ids: dict[int, str], wanted: set[str]) -> set[str]:
+    def _words(self, collection: str) -> Generator[None, None, RareWords]:
+        """The rare words of all chunks; yields now and then."""
+        words = RareWords()
+        for i, stored in enumerate(self._catalogue.chunks(collection), start=1):
+            words.add(stored.chunk.chunk_id, f"{stored.chunk.title} {stored.chunk.text}")
+            if i % WORDS_CHUNKS == 0:
+                yield
+        return words
+
+    def _find_related(
+        self, collection: Collection, row_ids: dict[int, str], wanted: set[str], words: RareWords
+    ) -> set[str]:
         """Sets the related chunks of `wanted`; returns those that have any."""
         rows = {chunk_id: row for row, chunk_id in row_ids.items() if chunk_id in wanted}
         found_rows, vectors = self._catalogue.vectors(collection.name, rows.values())
         index = open_index(self._catalogue, collection.name, self._data_dir, self._index_config)
         ids = [row_ids[row] for row in found_rows.tolist()]
-        related = dict(
-            related_chunks(ids, vectors, index, row_ids, self._config.num_related, self._config.near_duplicate)
-        )
+        related = related_chunks(ids, vectors, index, row_ids, words, self._config)
         self._catalogue.set_related(collection.name, related)
         alone = [chunk_id for chunk_id, others in related.items() if not others]
         self._catalogue.drop_stale_kv(collection.name, alone)  # nothing will take its place
@@ -132,7 +143,9 @@ class Upkeep:
         others = {other for ids in related.values() for other in ids}
         token_ids = self._catalogue.token_ids(collection.name, [*chunk_ids, *others])
         chunks = [
-            PromptChunk(c, token_ids[c], tuple(r for r in related.get(c, ()) if r in token_ids))
+            PromptChunk(
+                c, token_ids[c], tuple(r for r in related.get(c, ()) if r in token_ids), self._config.fuse_behind
+            )
             for c in chunk_ids
             if c in token_ids
         ]

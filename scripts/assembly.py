@@ -85,6 +85,7 @@ def open_parts(args: argparse.Namespace, model: LanguageModel | None = None) -> 
             catalogue,
             retriever,
             search,
+            build(PreprocessConfig, args).fuse_behind,
         )
         yield Parts(rag, data_dir, catalogue, embedder, retriever, store)
 

@@ -67,8 +67,9 @@ class PreprocessJob:
         that have related chunks. Raises PromptTooLong for a chunk that does not fit behind its related chunks."""
         raw = self.raw_chunks(chunks)
         yield from self._pass(raw, [self._names.spec(c.token_ids, "raw") for c in raw])
-        fused = [c for c in chunks if c.related]
-        yield from self._pass(fused, [self._names.spec(c.token_ids, "fused", c.related or ()) for c in fused])
+        fused = [(chunk, context) for chunk in chunks for context in chunk.contexts]
+        specs = [self._names.spec(chunk.token_ids, "fused", context) for chunk, context in fused]
+        yield from self._pass([chunk for chunk, _ in fused], specs)
 
     def raw_chunks(self, chunks: Sequence[PromptChunk]) -> list[PromptChunk]:
         """`chunks` and, behind them, their related chunks that are not among them: of other shards, or past a limit."""

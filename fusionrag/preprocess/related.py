@@ -1,17 +1,48 @@
-"""Which chunks stand in front of a chunk when its fused KV is computed: its nearest neighbours in the index.
+"""Which chunks a chunk's fused KV is computed behind: those that name the same things, and its nearest neighbours.
 
-Knows nothing of KV. The chunk itself and its near-duplicates are skipped (a copy of itself teaches a chunk nothing);
-the order is by descending similarity.
+Knows nothing of KV. The chunk itself and its near-duplicates are skipped (a copy of itself teaches a chunk nothing).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import Protocol
 
 import numpy as np
 
+from fusionrag.config import PreprocessConfig
+from index.rare_words import RareWords
+
 SEARCH_BATCH = 1024
+
+
+def related_chunks(
+    chunk_ids: Sequence[str],
+    vectors: np.ndarray,
+    index: NearestVectors,
+    chunk_id_of_row: Mapping[int, str],
+    words: RareWords,
+    config: PreprocessConfig,
+) -> dict[str, tuple[str, ...]]:
+    """Chunk id → ids of its related chunks, best first; vectors (n, dim) unit length, one per chunk id.
+
+    words: of all chunks; the two ways of being related take turns, unless `related_by` names one.
+    """
+    num, near_duplicate, by = config.num_related, config.near_duplicate, config.related_by
+    if num == 0:
+        return dict.fromkeys(chunk_ids, ())
+    by_words = {c: words.nearest(c, num, near_duplicate) if by != "meaning" else () for c in chunk_ids}
+    if by == "words":
+        return by_words
+    nearest = nearest_chunks(chunk_ids, vectors, index, chunk_id_of_row, num, near_duplicate)
+    return {c: take_turns(by_words[c], by_meaning, num) for c, by_meaning in nearest}
+
+
+def take_turns(first: Sequence[str], second: Sequence[str], limit: int) -> tuple[str, ...]:
+    """The best of `first`, the best of `second`, the next of `first`, …: at most `limit`, each once."""
+    turns = (item for pair in zip_longest(first, second) for item in pair if item is not None)
+    return tuple(dict.fromkeys(turns))[:limit]
 
 
 class NearestVectors(Protocol):
@@ -22,21 +53,18 @@ class NearestVectors(Protocol):
         ...
 
 
-def related_chunks(
+def nearest_chunks(
     chunk_ids: Sequence[str],
     vectors: np.ndarray,
     index: NearestVectors,
-    chunk_id_of_row: dict[int, str],
+    chunk_id_of_row: Mapping[int, str],
     num_related: int,
     near_duplicate: float,
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """(chunk id, ids of its related chunks) for each chunk; vectors (n, dim) unit length, one per chunk id.
+    """(chunk id, ids of the nearest others) for each chunk; vectors (n, dim) unit length, one per chunk id.
 
     Looks at `4 * num_related + 8` neighbours, so a chunk with more near-duplicates than that gets fewer related chunks.
     """
-    if num_related == 0:
-        yield from ((chunk_id, ()) for chunk_id in chunk_ids)
-        return
     for begin in range(0, len(chunk_ids), SEARCH_BATCH):
         batch = slice(begin, begin + SEARCH_BATCH)
         scores, rows = index.search(vectors[batch], 4 * num_related + 8)

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from fusionrag.backends import describe_backends, describe_memory
-from fusionrag.config import EngineConfig, ModelConfig, PromptConfig, StoreConfig
+from fusionrag.config import EngineConfig, ModelConfig, PreprocessConfig, PromptConfig, StoreConfig
 from fusionrag.errors import FusionRAGError
 from fusionrag.layout import Naming, naming
 from fusionrag.model import LanguageModel, load_model
@@ -35,7 +35,7 @@ DIFFERENCES = {  # field of a KVSpec → what a user calls it
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
-    add_config_flags(parser, ModelConfig, PromptConfig, StoreConfig, EngineConfig)
+    add_config_flags(parser, ModelConfig, PromptConfig, StoreConfig, EngineConfig, PreprocessConfig)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
                     prompts.fingerprint,
                     naming(model, config.kv_codec, prompts.prefix_ids, c.owner),
                     store,
+                    build(PreprocessConfig, args).fuse_behind,
                 )
                 for c in catalogue.collections()
             }
@@ -76,7 +77,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def collection_report(
-    catalogue: Catalogue, name: str, encoder_fingerprint: str, names: Naming, store: TieredStore
+    catalogue: Catalogue,
+    name: str,
+    encoder_fingerprint: str,
+    names: Naming,
+    store: TieredStore,
+    fused_behind: str,
 ) -> dict[str, object]:
     """Counts, and for every chunk whether its KV would be found by this model and prompt – or why not."""
     counts = catalogue.counts(name)
@@ -95,7 +101,7 @@ def collection_report(
     for item in catalogue.kv_objects(name):
         booked[item.chunk_id].append(item)
     reasons = Counter(
-        _why(PromptChunk(chunk_id, token_ids, related.get(chunk_id)), names, store, booked[chunk_id])
+        _why(PromptChunk(chunk_id, token_ids, related.get(chunk_id), fused_behind), names, store, booked[chunk_id])
         for chunk_id, token_ids in chunks.items()
     )
     return found | {
@@ -106,9 +112,9 @@ def collection_report(
 
 
 def _why(chunk: PromptChunk, names: Naming, store: TieredStore, booked: Sequence[KVObject]) -> str:
-    """What a request would find for this chunk, anywhere but right behind the prefix, and why it is not better."""
+    """What a request would find for this chunk, behind related chunks of its own, and why it is not better."""
     reason = ""
-    for spec in names.candidates(chunk, is_first=False, first_chunk_raw=True):
+    for spec in names.candidates(chunk, is_first=False, first_chunk_raw=True, before=chunk.related or ()):
         if store.contains(spec):
             return f"{spec.kind} KV is there" + (f"; fused KV is not: {reason}" if reason else _staleness(booked))
         reason = _why_absent(spec, store, [item for item in booked if item.kind == spec.kind])

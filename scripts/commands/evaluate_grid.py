@@ -10,6 +10,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -31,6 +32,10 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--related-corpus", type=Path, help="JSON list of {title, text}: more passages to find related ones in"
     )
+    defaults = PreprocessConfig()
+    for name in ("related_by", "fuse_behind"):
+        flag, text = "--" + name.replace("_", "-"), f"as in preprocess (default: {getattr(defaults, name)})"
+        parser.add_argument(flag, dest=name, default=getattr(defaults, name), help=text)
     parser.add_argument("--records", type=Path, help="JSONL file of all records; an interrupted run resumes from it")
     parser.add_argument(
         "--num-workers", type=int, default=1, help="processes that share the questions (default: %(default)s)"
@@ -58,9 +63,11 @@ def answer(
     todo = [e for e in examples if any((e.example_id, c) not in log for c in grid)]
     most = max(c.num_related for c in grid)
     extra = read_corpus(args.related_corpus) if args.related_corpus else ()
-    related = related_passages(examples, extra, most, PreprocessConfig().near_duplicate, build(EmbeddingConfig, args))
+    preprocess = replace(PreprocessConfig(), num_related=most, related_by=args.related_by, fuse_behind=args.fuse_behind)
+    related = related_passages(examples, extra, preprocess, build(EmbeddingConfig, args))
     threads = 1 if args.num_workers > 1 else 0
-    setup = Setup(build(ModelConfig, args), build(PromptConfig, args), build(EngineConfig, args), base, threads)
+    configs = (build(ModelConfig, args), build(PromptConfig, args), build(EngineConfig, args))
+    setup = Setup(*configs, base, args.fuse_behind, threads)
     tasks = [Task(e, {p: related.get(p, ()) for p in e.passages}, tuple(grid)) for e in todo]
     with tqdm(
         total=len(examples), initial=len(examples) - len(todo), unit="question", desc="evaluate", disable=None

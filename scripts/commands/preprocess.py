@@ -7,7 +7,7 @@ computes the second quarter; shards run side by side, on any number of machines 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tqdm import tqdm
@@ -26,6 +26,7 @@ from fusionrag.sweep import discard_orphans, sweep
 from fusionrag.types import PromptChunk
 from index import Catalogue, DataDir, open_index
 from index.config import VectorIndexConfig
+from index.rare_words import RareWords
 from index.types import KVObject
 from scripts.options import add_common_flags, add_config_flags, build
 
@@ -74,14 +75,14 @@ def run(args: argparse.Namespace) -> int:
                 "model", f"collection {args.collection!r} was ingested for another tokenizer or passage template"
             )
         token_ids_of = {s.chunk.chunk_id: s.chunk.token_ids for s in catalogue.chunks(args.collection)}
-        related = _set_related(catalogue, data_dir, args)
-        chunk_ids = [c for i, c in enumerate(token_ids_of) if shard.has(i)][: args.limit or None]
-        chunks = [PromptChunk(c, token_ids_of[c], related.get(c, ())) for c in chunk_ids]
+        related, behind = _set_related(catalogue, data_dir, args), build(PreprocessConfig, args).fuse_behind
+        every = [PromptChunk(c, token_ids_of[c], related.get(c, ()), behind) for c in token_ids_of]
+        chunks = [chunk for i, chunk in enumerate(every) if shard.has(i)][: args.limit or None]
         store = open_store(data_dir.kv, store_config, for_gpu=model.device.type == "cuda")
         names = naming(model, store_config.kv_codec, prompts.prefix_ids, collection.owner)
         job = PreprocessJob(model, store, names, token_ids_of, build(EngineConfig, args))
         computed = _run(job, chunks, catalogue, args.collection)
-        freed = _sweep(catalogue, store, args.collection, related)
+        freed = _sweep(catalogue, store, args.collection, every)
         counts = catalogue.counts(args.collection)
     print(
         f"collection {args.collection}: {computed} objects computed; {counts.num_raw} raw and "
@@ -93,20 +94,23 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _set_related(catalogue: Catalogue, data_dir: DataDir, args: argparse.Namespace) -> dict[str, tuple[str, ...]]:
-    """Finds every chunk's related chunks in the vector index and writes them to the catalogue."""
+    """Finds every chunk's related chunks, by vectors and words, and writes them to the catalogue."""
     config = build(PreprocessConfig, args)
     row_ids, vectors = catalogue.vectors(args.collection)
     chunk_id_of_row = {s.row_id: s.chunk.chunk_id for s in catalogue.chunks(args.collection)}
     index = open_index(catalogue, args.collection, data_dir, build(VectorIndexConfig, args))
     chunk_ids = [chunk_id_of_row[row] for row in row_ids.tolist()]
-    found = dict(related_chunks(chunk_ids, vectors, index, chunk_id_of_row, config.num_related, config.near_duplicate))
+    words = RareWords()
+    for stored in catalogue.chunks(args.collection):
+        words.add(stored.chunk.chunk_id, f"{stored.chunk.title} {stored.chunk.text}")
+    found = related_chunks(chunk_ids, vectors, index, chunk_id_of_row, words, config)
     catalogue.set_related(args.collection, found)
     return found
 
 
 def _run(job: PreprocessJob, chunks: list[PromptChunk], catalogue: Catalogue, collection: str) -> int:
     """Runs the job under a progress bar in tokens, and books what is stored."""
-    tokens = sum(len(c.token_ids) for c in [*job.raw_chunks(chunks), *(c for c in chunks if c.related)])
+    tokens = sum(len(c.token_ids) for c in [*job.raw_chunks(chunks), *(c for c in chunks for _ in c.contexts)])
     waiting: list[KVObject] = []
     num_computed = num_bytes = 0
     with tqdm(total=tokens, unit="tok", unit_scale=True, desc="preprocess", smoothing=0.1, disable=None) as bar:
@@ -123,15 +127,16 @@ def _run(job: PreprocessJob, chunks: list[PromptChunk], catalogue: Catalogue, co
     return num_computed
 
 
-def _sweep(catalogue: Catalogue, store: TieredStore, collection: str, related: Mapping[str, tuple[str, ...]]) -> int:
+def _sweep(catalogue: Catalogue, store: TieredStore, collection: str, chunks: Sequence[PromptChunk]) -> int:
     """Deletes objects that nothing refers to: garbage, orphans, and fused KV behind related chunks that are old.
 
     Another shard may still be computing the new ones; until they are there, such chunks are reused raw.
     """
+    wanted = {chunk.chunk_id: chunk.contexts for chunk in chunks}
     old = [
         o.digest
         for o in catalogue.kv_objects(collection)
-        if o.kind == "fused" and o.chunk_id in related and o.related != related[o.chunk_id]
+        if o.kind == "fused" and o.chunk_id in wanted and o.related not in wanted[o.chunk_id]
     ]
     freed = sum(store.delete(digest) for digest in old)
     catalogue.forget_kv(old)

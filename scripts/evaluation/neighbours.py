@@ -1,4 +1,4 @@
-"""Related passages for the questions of a dataset, by the same embedding and rule as the offline job."""
+"""Related passages for the questions of a dataset, by the same rules as the offline job."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fusionrag.config import PreprocessConfig
 from fusionrag.preprocess.related import related_chunks
 from index.config import EmbeddingConfig
+from index.rare_words import RareWords
 from scripts.evaluation.datasets import Example, Passage
 from scripts.evaluation.vector_cache import cached_vectors
 
@@ -16,26 +18,25 @@ from scripts.evaluation.vector_cache import cached_vectors
 def related_passages(
     examples: Sequence[Example],
     extra: Sequence[Passage],
-    num_related: int,
-    near_duplicate: float,
-    config: EmbeddingConfig,
+    preprocess: PreprocessConfig,
+    embedding: EmbeddingConfig,
 ) -> dict[Passage, tuple[Passage, ...]]:
-    """For each passage of the examples its `num_related` nearest others, among all examples' passages and `extra`."""
-    if num_related == 0:
+    """For each passage of the examples its `num_related` related others, among all examples' passages and `extra`."""
+    if preprocess.num_related == 0:
         return {}
     own = list(dict.fromkeys(p for e in examples for p in e.passages))
     pool = list(dict.fromkeys([*own, *extra]))
-    vectors = _embed([f"{p.title}: {p.text}" if p.title else p.text for p in pool], config)
     names = [str(i) for i in range(len(pool))]
+    words = RareWords()
+    for name, passage in zip(names, pool, strict=True):
+        words.add(name, f"{passage.title} {passage.text}")
+    vectors = np.empty((len(pool), 0), np.float32)
+    if preprocess.related_by != "words":
+        vectors = _embed([f"{p.title}: {p.text}" if p.title else p.text for p in pool], embedding)
     found = related_chunks(
-        names[: len(own)],
-        vectors[: len(own)],
-        _BruteForce(vectors),
-        dict(enumerate(names)),
-        num_related,
-        near_duplicate,
+        names[: len(own)], vectors[: len(own)], _BruteForce(vectors), dict(enumerate(names)), words, preprocess
     )
-    return {pool[int(name)]: tuple(pool[int(other)] for other in others) for name, others in found}
+    return {pool[int(name)]: tuple(pool[int(other)] for other in others) for name, others in found.items()}
 
 
 @dataclass(frozen=True)

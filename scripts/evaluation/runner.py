@@ -43,6 +43,7 @@ class Setup:
     prompt: PromptConfig
     engine: EngineConfig
     reuse: ReuseConfig  # what a method's knobs are changed from
+    fuse_behind: str = "each"
     num_threads: int = 0  # of torch, per worker; 0 leaves torch's choice
 
 
@@ -142,11 +143,13 @@ class Worker:
             token_ids_of[chunk_id_of(token_ids)] = token_ids
             return chunk_id_of(token_ids)
 
-        chunks = []
+        chunks, here = [], {chunk_id(passage) for passage in task.example.passages}
         for passage in task.example.passages:
             name = chunk_id(passage)
             near = tuple(chunk_id(other) for other in task.related.get(passage, ())[:num_related])
-            chunks.append(PromptChunk(name, token_ids_of[name], near))
+            if self._setup.fuse_behind == "each":  # what no chunk of this prompt is behind would not be looked for
+                near = tuple(other for other in near if other in here)
+            chunks.append(PromptChunk(name, token_ids_of[name], near, self._setup.fuse_behind))
         names = naming(self._model, "none", self._prompts.prefix_ids)
         job = PreprocessJob(self._model, store, names, token_ids_of, self._setup.engine)
         for _ in job.run(list(dict.fromkeys(chunks))):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -252,3 +254,41 @@ def test_what_the_arena_held_before_does_not_matter(bench, corpus):
     for method in SELECTORS:
         logits = [bench.prefill(plan, e, method=method, recompute_ratio=0.3).logits for e in (clean, dirty)]
         assert torch.equal(*logits)
+
+
+# --- one fused KV behind each related chunk ---------------------------------------------------------------------------
+
+
+def each(bench, chunk, related):
+    return replace(bench.behind(chunk, related), fused_behind="each")
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.3])
+def test_a_chunk_behind_the_one_it_was_fused_behind_is_exact(ratio, family, make_bench):
+    bench = make_bench(family)
+    a, b, other = bench.chunks(23, 40, 17)
+    b = each(bench, b, [other, a])
+    bench.preprocess([a, b, other])
+    plan = bench.plan([a, b])
+    prefilled = bench.prefill(plan, recompute_ratio=ratio)
+    assert [r.kind for r in prefilled.stats.chunks] == ["raw", "fused"]
+    close(prefilled.logits, bench.full(plan))
+
+
+def test_a_prompt_without_a_chunks_related_ones_takes_it_raw(bench, corpus):
+    a, b, c, d = corpus
+    chunks = [each(bench, a, [d]), each(bench, b, [d]), each(bench, c, [d])]
+    bench.preprocess([*chunks, d])
+    plan = bench.plan(chunks)
+    assert {r.kind for r in bench.prefill(plan, method="reuse").stats.chunks} == {"raw"}
+
+
+@pytest.mark.parametrize("method", ["attention", "fusionrag"])
+def test_all_recomputed_behind_each_equals_full_prefill(method, bench, corpus):
+    a, b, c, d = corpus
+    chunks = [each(bench, a, [b]), each(bench, b, [a, d]), each(bench, c, [d, a]), each(bench, d, [b])]
+    bench.preprocess(chunks)
+    plan = bench.plan(chunks)
+    kinds = [r.kind for r in bench.prefill(plan, method="reuse").stats.chunks]
+    assert kinds == ["raw", "fused", "fused", "fused"]
+    close(bench.prefill(plan, method=method, recompute_ratio=ALL_BUT_EXACT).logits, bench.full(plan))

@@ -64,3 +64,15 @@ def test_fused_kv_is_preferred_but_where_raw_is_exact_or_all_there_is(is_first, 
     kinds = [s.kind for s in names.candidates(PromptChunk("c", (2,), related), is_first, first_chunk_raw)]
     raw_only = not related or (is_first and first_chunk_raw)
     assert kinds == (["raw"] if raw_only else ["fused", "raw"])
+
+
+def test_kv_behind_one_chunk_stands_for_prompts_that_hold_that_chunk_best_in_front():
+    names = Naming("model", "float32", "none", (1,))
+    chunk = PromptChunk("c", (2,), ("w", "x", "y", "z"), "each")
+
+    def found(**place):
+        return [s.related for s in names.candidates(chunk, is_first=False, first_chunk_raw=True, **place)]
+
+    assert found() == found(before=["a"], after=["b"]) == [()]  # raw alone
+    assert found(before=["z", "x"]) == [("x",), ("z",), ()]  # by rank, not by place in the prompt
+    assert found(before=["y"], after=["w"]) == [("y",), ("w",), ()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from fusionrag.config import PreprocessConfig
@@ -34,10 +36,15 @@ def add(bench, catalogue):
     return add
 
 
+@pytest.fixture(params=["all", "each"])
+def fuse_behind(request):
+    return request.param
+
+
 @pytest.fixture
-def make_upkeep(bench, catalogue, data_dir):
+def make_upkeep(bench, catalogue, data_dir, fuse_behind):
     def make(engine=None, num_related: int = 2) -> Upkeep:
-        config = PreprocessConfig(num_related=num_related, near_duplicate=1.0)
+        config = PreprocessConfig(num_related=num_related, near_duplicate=1.0, fuse_behind=fuse_behind)
         prompts = bench.prompts
         return Upkeep(
             engine or bench.engine(),
@@ -62,29 +69,37 @@ def finish(upkeep: Upkeep) -> int:
     return num_steps
 
 
-def chunk_of(catalogue, name, collection="c"):
+def chunk_of(catalogue, name, collection="c", fused_behind="all"):
     (found,) = [s.chunk for s in catalogue.chunks(collection) if s.chunk.document_id == name]
     related = catalogue.related(collection, [found.chunk_id]).get(found.chunk_id)
-    return PromptChunk(found.chunk_id, found.token_ids, related)
+    return PromptChunk(found.chunk_id, found.token_ids, related, fused_behind)
 
 
-def is_complete(bench, catalogue, name, collection="c") -> bool:
-    chunk = chunk_of(catalogue, name, collection)
-    return bool(chunk.related) and all(bench.store.contains(bench.spec(chunk, kind)) for kind in ("raw", "fused"))
+def is_complete(bench, catalogue, name, fused_behind="all") -> bool:
+    chunk = chunk_of(catalogue, name, fused_behind=fused_behind)
+    specs = [bench.spec(replace(chunk, related=context), "fused") for context in chunk.contexts]
+    return bool(specs) and all(bench.store.contains(spec) for spec in [bench.spec(chunk, "raw"), *specs])
 
 
-def test_everything_that_is_added_gets_its_kv_and_then_there_is_nothing_to_do(bench, catalogue, add, make_upkeep):
+def num_contexts(catalogue, fused_behind) -> int:
+    found = [chunk_of(catalogue, s.chunk.document_id, fused_behind=fused_behind) for s in catalogue.chunks("c")]
+    return sum(len(chunk.contexts) for chunk in found)
+
+
+def test_everything_that_is_added_gets_its_kv_and_then_there_is_nothing_to_do(
+    bench, catalogue, add, make_upkeep, fuse_behind
+):
     add("ants", "bees", "cats")
     upkeep = make_upkeep()
     assert finish(upkeep) >= 6  # a pass an object
-    assert all(is_complete(bench, catalogue, name) for name in ("ants", "bees", "cats"))
+    assert all(is_complete(bench, catalogue, name, fuse_behind) for name in ("ants", "bees", "cats"))
     counts = catalogue.counts("c")
-    assert (counts.num_raw, counts.num_fused, counts.num_stale) == (3, 3, 0)
+    assert (counts.num_raw, counts.num_fused, counts.num_stale) == (3, num_contexts(catalogue, fuse_behind), 0)
     assert finish(upkeep) == 0
     add("dogs")
     assert finish(upkeep) >= 2
-    assert is_complete(bench, catalogue, "dogs")
-    assert catalogue.counts("c").num_fused == 4
+    assert is_complete(bench, catalogue, "dogs", fuse_behind)
+    assert catalogue.counts("c").num_fused == num_contexts(catalogue, fuse_behind)
 
 
 def test_a_restart_computes_nothing_again(bench, catalogue, add, make_upkeep):
@@ -95,7 +110,7 @@ def test_a_restart_computes_nothing_again(bench, catalogue, add, make_upkeep):
     assert bench.store.stats.bytes_written == written
 
 
-def test_what_lost_a_neighbour_is_refreshed_and_what_left_is_removed(bench, catalogue, add, make_upkeep):
+def test_what_lost_a_neighbour_is_refreshed_and_what_left_is_removed(bench, catalogue, add, make_upkeep, fuse_behind):
     add("ants", "bees", "cats", "dogs")
     upkeep = make_upkeep()
     finish(upkeep)
@@ -106,8 +121,8 @@ def test_what_lost_a_neighbour_is_refreshed_and_what_left_is_removed(bench, cata
     assert catalogue.counts("c").num_stale == len(saw_it)
     finish(upkeep)
     counts = catalogue.counts("c")
-    assert (counts.num_raw, counts.num_fused, counts.num_stale) == (3, 3, 0)
-    assert all(is_complete(bench, catalogue, name) for name in ("ants", "bees", "cats"))
+    assert (counts.num_raw, counts.num_fused, counts.num_stale) == (3, num_contexts(catalogue, fuse_behind), 0)
+    assert all(is_complete(bench, catalogue, name, fuse_behind) for name in ("ants", "bees", "cats"))
     assert not bench.store.contains(bench.spec(gone, "raw")) and not bench.store.contains(bench.spec(gone, "fused"))
     finish(upkeep)
     assert set(bench.store.digests()) == {o.digest for o in catalogue.kv_objects("c")}
@@ -135,7 +150,7 @@ def test_collections_of_different_owners_share_no_object(bench, catalogue, add, 
     assert len(digests[0]) == len(digests[1]) == 4 and not digests[0] & digests[1]
 
 
-def test_a_full_arena_puts_the_work_off_and_loses_nothing(bench, catalogue, add, make_upkeep):
+def test_a_full_arena_puts_the_work_off_and_loses_nothing(bench, catalogue, add, make_upkeep, fuse_behind):
     add("ants", "bees", "cats")
     engine = bench.engine()
     upkeep = make_upkeep(engine)
@@ -144,7 +159,7 @@ def test_a_full_arena_puts_the_work_off_and_loses_nothing(bench, catalogue, add,
     assert catalogue.counts("c").num_raw == 0
     engine.arena.free(span)
     finish(upkeep)
-    assert all(is_complete(bench, catalogue, name) for name in ("ants", "bees", "cats"))
+    assert all(is_complete(bench, catalogue, name, fuse_behind) for name in ("ants", "bees", "cats"))
     assert engine.arena.num_free == engine.arena.num_slots
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fusionrag.preprocess.related import SEARCH_BATCH, related_chunks
+from fusionrag.config import PreprocessConfig
+from fusionrag.preprocess.related import SEARCH_BATCH, nearest_chunks, related_chunks, take_turns
+from index.rare_words import RareWords
 
 
 class BruteForce:
@@ -35,7 +37,7 @@ def vectors():
 def find(vectors, num_related, near_duplicate=0.95, known=None):
     ids = [f"chunk {i}" for i in range(len(vectors))]
     row_ids = {1000 + i: ids[i] for i in (range(len(vectors)) if known is None else known)}
-    return dict(related_chunks(ids, vectors, BruteForce(vectors), row_ids, num_related, near_duplicate))
+    return dict(nearest_chunks(ids, vectors, BruteForce(vectors), row_ids, num_related, near_duplicate))
 
 
 @pytest.mark.parametrize("num_related", [1, 3, 8])
@@ -54,10 +56,41 @@ def test_a_threshold_of_1_lets_near_duplicates_in_and_never_the_chunk_itself(vec
     assert all(chunk_id not in related for chunk_id, related in found.items())
 
 
-def test_no_related_chunks_are_searched_for_when_none_are_wanted(vectors):
-    index = BruteForce(vectors)
-    found = list(related_chunks(["a", "b"], vectors[:2], index, {}, 0, 0.95))
-    assert found == [("a", ()), ("b", ())] and index.batches == []
+@pytest.fixture
+def words():
+    """Each chunk shares a name with the one before it; no two are alike in any other way."""
+    words = RareWords()
+    for i in range(30):
+        words.add(f"chunk {i}", f"the Name{i} and the Name{i - 1} of number{i}")
+    return words
+
+
+def related(vectors, words, **config):
+    index, ids = BruteForce(vectors), [f"chunk {i}" for i in range(len(vectors))]
+    row_ids = {1000 + i: name for i, name in enumerate(ids)}
+    return related_chunks(ids, vectors, index, row_ids, words, PreprocessConfig(**config)), index
+
+
+def test_no_related_chunks_are_searched_for_when_none_are_wanted(vectors, words):
+    found, index = related(vectors, words, num_related=0)
+    assert set(found.values()) == {()} and len(found) == 30 and index.batches == []
+
+
+@pytest.mark.parametrize("num_related", [1, 4])
+def test_both_ways_of_being_related_take_turns(num_related, vectors, words):
+    both, by_words, by_meaning = (
+        related(vectors, words, num_related=num_related, related_by=by)[0] for by in ("both", "words", "meaning")
+    )
+    assert by_meaning == find(vectors, num_related)
+    assert set(by_words["chunk 5"]) == set(("chunk 4", "chunk 6")[:num_related])
+    for name, others in both.items():
+        assert others == take_turns(by_words[name], by_meaning[name], num_related)
+
+
+def test_taking_turns_keeps_each_order_and_names_none_twice():
+    assert take_turns("abc", "xay", 9) == ("a", "x", "b", "c", "y")
+    assert take_turns("abc", "xay", 3) == ("a", "x", "b")
+    assert take_turns("", "xy", 9) == take_turns("xy", "", 9) == ("x", "y")
 
 
 def test_rows_that_are_no_chunks_any_more_are_skipped(vectors):
@@ -74,13 +107,13 @@ def test_one_chunk_under_two_rows_is_related_once(vectors):
     """A chunk that stands in two documents has two rows and one KV."""
     row_ids = {1000 + i: f"chunk {i % 10}" for i in range(30)}
     index = BruteForce(vectors)
-    for _, related in related_chunks(["x"], vectors[:1], index, row_ids, 8, 0.95):
+    for _, related in nearest_chunks(["x"], vectors[:1], index, row_ids, 8, 0.95):
         assert len(related) == len(set(related)) == 8
 
 
 def test_a_long_corpus_is_searched_in_batches():
     many = np.eye(5, dtype=np.float32)[np.arange(SEARCH_BATCH + 3) % 5]
     index = BruteForce(many[:5])
-    found = list(related_chunks([str(i) for i in range(len(many))], many, index, {}, 1, 0.95))
+    found = list(nearest_chunks([str(i) for i in range(len(many))], many, index, {}, 1, 0.95))
     assert [name for name, _ in found] == [str(i) for i in range(len(many))]
     assert index.batches == [SEARCH_BATCH, 3]
