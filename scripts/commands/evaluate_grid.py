@@ -18,7 +18,7 @@ from tqdm import tqdm
 from fusionrag.config import EngineConfig, ModelConfig, PreprocessConfig, PromptConfig, ReuseConfig
 from fusionrag.errors import ConfigError
 from index.config import EmbeddingConfig
-from scripts.evaluation.datasets import Example, Passage
+from scripts.evaluation.datasets import Example, Passage, load_dataset
 from scripts.evaluation.neighbours import related_passages
 from scripts.evaluation.records import Configuration, RecordLog
 from scripts.evaluation.runner import Setup, Task
@@ -64,7 +64,8 @@ def answer(
     most = max(c.num_related for c in grid)
     extra = read_corpus(args.related_corpus) if args.related_corpus else ()
     preprocess = replace(PreprocessConfig(), num_related=most, related_by=args.related_by, fuse_behind=args.fuse_behind)
-    related = related_passages(examples, extra, preprocess, build(EmbeddingConfig, args))
+    everything = load_dataset(args.dataset)  # also of a half or a sample: the corpus is the same
+    related = related_passages(everything, extra, preprocess, build(EmbeddingConfig, args))
     threads = 1 if args.num_workers > 1 else 0
     configs = (build(ModelConfig, args), build(PromptConfig, args), build(EngineConfig, args))
     setup = Setup(*configs, base, args.fuse_behind, threads)

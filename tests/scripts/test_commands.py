@@ -36,9 +36,9 @@ def test_ingesting_the_same_file_again_changes_nothing(shell, documents, capsys)
 
 def test_preprocess_computes_raw_and_fused_kv_once(preprocessed, capsys):
     before = files(preprocessed)
-    assert len(before) == 12
+    assert len(before) == 18  # six raw, and six behind each of two
     assert preprocessed("preprocess", "--num-related", 2) == 0
-    assert "0 objects computed; 6 raw and 6 fused of 6 chunks" in capsys.readouterr().out
+    assert "0 objects computed; 6 raw and 12 fused of 6 chunks" in capsys.readouterr().out
     assert files(preprocessed) == before
 
 
@@ -46,7 +46,7 @@ def test_shards_side_by_side_do_the_whole_job(shell, documents, capsys):
     shell("ingest", documents)
     for shard in ("1/3", "2/3", "3/3"):
         assert shell("preprocess", "--num-related", 2, "--shard", shard) == 0
-    assert "6 raw and 6 fused of 6 chunks" in capsys.readouterr().out.splitlines()[-1]
+    assert "6 raw and 12 fused of 6 chunks" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_changed_document_leaves_no_kv_of_its_old_text(preprocessed, documents, capsys):
@@ -57,9 +57,9 @@ def test_a_changed_document_leaves_no_kv_of_its_old_text(preprocessed, documents
     assert preprocessed("ingest", documents) == 0
     assert "1 changed" in capsys.readouterr().out
     assert preprocessed("preprocess", "--num-related", 2) == 0
-    assert "6 raw and 6 fused of 6 chunks" in capsys.readouterr().out
+    assert "6 raw and 12 fused of 6 chunks" in capsys.readouterr().out
     after = set(files(preprocessed))
-    assert len(after) == 12 and len(before - after) >= 2
+    assert len(after) == 18 and len(before - after) >= 2
     with Catalogue(DataDir(preprocessed.data_dir).catalogue) as catalogue:
         assert {f"{o.digest}.safetensors" for o in catalogue.kv_objects("default")} == after
 
@@ -143,10 +143,10 @@ def test_killing_preprocess_anywhere_loses_nothing_and_computes_nothing_twice(sh
         now = files(shell)
         assert written.items() <= now.items(), "an object was lost or written again"
         written = now
-    assert 9 <= len(written) <= 12
+    assert 9 <= len(written) <= 18
     assert subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
     assert written.items() <= files(shell).items()
-    assert len(files(shell)) == 12
+    assert len(files(shell)) == 18
 
 
 def test_ask_prints_the_answer_its_sources_and_the_ttft_breakdown(preprocessed, capsys):
@@ -156,7 +156,13 @@ def test_ask_prints_the_answer_its_sources_and_the_ttft_breakdown(preprocessed, 
     assert "Anna Brell" in out and "Time to first token" in out and "recompute " in out
 
 
-def test_doctor_explains_a_hit_a_raw_fallback_and_a_miss(preprocessed, capsys):
+@pytest.fixture
+def fused_behind_all(monkeypatch):
+    """One fused KV a chunk, so that what is wrong with it is what is wrong with the chunk."""
+    monkeypatch.setenv("FUSIONRAG_FUSE_BEHIND", "all")
+
+
+def test_doctor_explains_a_hit_a_raw_fallback_and_a_miss(fused_behind_all, preprocessed, capsys):
     def reuse() -> dict[str, int]:
         assert preprocessed("doctor", "--json") == 0
         return json.loads(capsys.readouterr().out)["collections"]["default"]["reuse"]
@@ -211,7 +217,7 @@ def test_doctor_names_what_differs_from_the_stored_kv(preprocessed, capsys, chan
     assert why.startswith(f"miss: {named}")
 
 
-def test_doctor_tells_damaged_and_stale_kv_apart(preprocessed, capsys):
+def test_doctor_tells_damaged_and_stale_kv_apart(fused_behind_all, preprocessed, capsys):
     with Catalogue(DataDir(preprocessed.data_dir).catalogue) as catalogue:
         fused = [o for o in catalogue.kv_objects("default") if o.kind == "fused"]
         damaged, gone = next(
