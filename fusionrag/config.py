@@ -89,6 +89,10 @@ class ReuseConfig:
     )
     probe_rows: str = knob("tail", "rows whose attention is added up: the whole tail, or only the question's tokens")
     normalize_layers: bool = knob(True, "scale each probed layer's attention to the same mass before adding up")
+    carry: float = knob(
+        0.0,
+        "importance carried over to other chunks that name the same thing, as a share of all importance (attention)",
+    )
     # 1 was worth +7.5 F1 points [1.9, 13.6] at a ratio of 0.15 (README, n = 140)
     correction: float = knob(
         1.0,
@@ -100,11 +104,14 @@ class ReuseConfig:
         require(self.probe_rows in ("tail", "question"), "probe_rows", "must be 'tail' or 'question'")
         require(self.method in METHODS, "method", f"unknown method {self.method!r}; one of {', '.join(METHODS)}")
         require(0 <= self.recompute_ratio <= 1, "recompute_ratio", f"must lie in [0, 1], got {self.recompute_ratio}")
+        require(0 <= self.carry <= 10, "carry", f"must lie in [0, 10], got {self.carry}")
         require(0 <= self.correction <= 1, "correction", f"must lie in [0, 1], got {self.correction}")
 
     def with_method(self, method: str) -> ReuseConfig:
         """Another method by name. The published ones come as published, that is without correction."""
-        return replace(self, method=method, correction=self.correction if method == "attention" else 0.0)
+        if method == "attention":
+            return replace(self, method=method)
+        return replace(self, method=method, correction=0.0, carry=0.0)
 
     @property
     def effective_ratio(self) -> float:

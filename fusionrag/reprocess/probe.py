@@ -24,6 +24,7 @@ from fusionrag.kernels.importance import attention_mass
 from fusionrag.kernels.row_plan import RequestRows, RowPlan, plan_rows
 from fusionrag.kernels.rows_attention import rows_attention
 from fusionrag.model import LanguageModel
+from fusionrag.reprocess.links import carried_over, repeated_pairs
 from fusionrag.types import KVArrival, PromptPlan, RowGroup, Span
 
 CACHEBLEND_LAYER = (
@@ -61,11 +62,17 @@ def attention_scores(inputs: ScoreInputs) -> torch.Tensor:
 
     Mean over the configured layers, sum over heads and rows. With all layers this is ProphetKV's rule. With
     `normalize_layers` each layer's mass on the candidates is scaled to 1 first, so that no layer outvotes the others.
+    With `carry` some of it also counts where other chunks name the same thing.
     """
     layers = parse_layers(inputs.config.probe_layers, inputs.model.shape.num_layers)
     probe = _AttentionProbe(inputs, layers)
     _run_tail(inputs, probe)
-    return probe.importance
+    carry, candidates, importance = inputs.config.carry, inputs.candidates, probe.importance
+    if carry:
+        carried = carried_over(importance, repeated_pairs(inputs.plan, importance.device))
+        scale = importance[candidates].sum() / carried[candidates].sum().clamp(min=1e-20)
+        importance = importance + carry * scale * carried
+    return importance
 
 
 def fusionrag_scores(inputs: ScoreInputs) -> torch.Tensor:
