@@ -81,11 +81,17 @@ def _spec(names: Naming, token_ids: tuple[int, ...], kind: KVKind, related: tupl
 
 
 def plan_candidates(names: Naming, plan: PromptPlan, config: ReuseConfig) -> list[tuple[KVSpec, ...]]:
-    """For each chunk of the plan, the objects that may stand for it, best first."""
+    """For each chunk of the plan, the objects that may stand for it, best first.
+
+    Where nothing is recomputed, KV behind a chunk that follows in the prompt is left out: it has seen what full prefill
+    would not have shown it, and nothing sets that right (-9 F1 points at ratio 0, +5 at a ratio of 0.05 to 0.1).
+    """
     chunks = [s.chunk for s in plan.chunks if s.chunk is not None]
     ids = [chunk.chunk_id for chunk in chunks]
+    after = ids if config.effective_ratio > 0 else []
     return [
-        names.candidates(chunk, i == 0, config.first_chunk_raw, ids[:i], ids[i + 1 :]) for i, chunk in enumerate(chunks)
+        names.candidates(chunk, i == 0, config.first_chunk_raw, ids[:i], after[i + 1 :])
+        for i, chunk in enumerate(chunks)
     ]
 
 
