@@ -144,7 +144,7 @@ class PreprocessConfig:
 
     num_related: int = knob(6, "related chunks that each chunk's fused KV is computed behind; 0: raw only")
     related_by: str = knob(
-        "both", "how related chunks are found: words (rare words shared), meaning (nearest vectors), or both in turns"
+        "both", "how related chunks are found: words (rare words shared), meaning (nearest vectors), or both"
     )
     fuse_behind: str = knob(
         "each",

@@ -6,7 +6,6 @@ Knows nothing of KV. The chunk itself and its near-duplicates are skipped (a cop
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import zip_longest
 from typing import Protocol
 
 import numpy as np
@@ -27,7 +26,7 @@ def related_chunks(
 ) -> dict[str, tuple[str, ...]]:
     """Chunk id → ids of its related chunks, best first; vectors (n, dim) unit length, one per chunk id.
 
-    words: of all chunks; the two ways of being related take turns, unless `related_by` names one.
+    words: of all chunks.
     """
     num, near_duplicate, by = config.num_related, config.near_duplicate, config.related_by
     if num == 0:
@@ -36,13 +35,14 @@ def related_chunks(
     if by == "words":
         return by_words
     nearest = nearest_chunks(chunk_ids, vectors, index, chunk_id_of_row, num, near_duplicate)
-    return {c: take_turns(by_words[c], by_meaning, num) for c, by_meaning in nearest}
+    return {c: words_first(by_words[c], by_meaning, num) for c, by_meaning in nearest}
 
 
-def take_turns(first: Sequence[str], second: Sequence[str], limit: int) -> tuple[str, ...]:
-    """The best of `first`, the best of `second`, the next of `first`, …: at most `limit`, each once."""
-    turns = (item for pair in zip_longest(first, second) for item in pair if item is not None)
-    return tuple(dict.fromkeys(turns))[:limit]
+def words_first(by_words: Sequence[str], by_meaning: Sequence[str], limit: int) -> tuple[str, ...]:
+    """At most `limit`, each once: the better half from `by_words`, a shared name being the stronger link, then
+    `by_meaning`, then what is left of the words."""
+    half = -(-limit // 2)
+    return tuple(dict.fromkeys([*by_words[:half], *by_meaning, *by_words[half:]]))[:limit]
 
 
 class NearestVectors(Protocol):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fusionrag.config import PreprocessConfig
-from fusionrag.preprocess.related import SEARCH_BATCH, nearest_chunks, related_chunks, take_turns
+from fusionrag.preprocess.related import SEARCH_BATCH, nearest_chunks, related_chunks, words_first
 from index.rare_words import RareWords
 
 
@@ -77,20 +77,21 @@ def test_no_related_chunks_are_searched_for_when_none_are_wanted(vectors, words)
 
 
 @pytest.mark.parametrize("num_related", [1, 4])
-def test_both_ways_of_being_related_take_turns(num_related, vectors, words):
+def test_both_ways_of_being_related_are_joined_words_first(num_related, vectors, words):
     both, by_words, by_meaning = (
         related(vectors, words, num_related=num_related, related_by=by)[0] for by in ("both", "words", "meaning")
     )
     assert by_meaning == find(vectors, num_related)
     assert set(by_words["chunk 5"]) == set(("chunk 4", "chunk 6")[:num_related])
     for name, others in both.items():
-        assert others == take_turns(by_words[name], by_meaning[name], num_related)
+        assert others == words_first(by_words[name], by_meaning[name], num_related)
 
 
-def test_taking_turns_keeps_each_order_and_names_none_twice():
-    assert take_turns("abc", "xay", 9) == ("a", "x", "b", "c", "y")
-    assert take_turns("abc", "xay", 3) == ("a", "x", "b")
-    assert take_turns("", "xy", 9) == take_turns("xy", "", 9) == ("x", "y")
+def test_words_come_first_for_half_of_the_places_and_nobody_comes_twice():
+    assert words_first("abc", "xay", 4) == ("a", "b", "x", "y")
+    assert words_first("abc", "xay", 3) == ("a", "b", "x")
+    assert words_first("abc", "", 3) == ("a", "b", "c")
+    assert words_first("", "xy", 9) == ("x", "y")
 
 
 def test_rows_that_are_no_chunks_any_more_are_skipped(vectors):
