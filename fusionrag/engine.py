@@ -15,7 +15,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -102,6 +103,18 @@ class Engine:
         """Measures this machine, so that the time of a full prefill can be predicted from the first request on."""
         assert not self.has_work
         self._clock.calibrate(self.arena)
+
+    @contextmanager
+    def rehearsing(self, store: KVStore) -> Iterator[None]:
+        """Until it ends, requests find their KV in `store` alone, and nothing is learned from them."""
+        assert not self.has_work
+        own = self.store, self._loader, self._router
+        self.store, self._loader = store, make_loader(self.model, store, device_tier_bytes=0)
+        self._router = Router(self.model, self._clock)
+        try:
+            yield
+        finally:
+            self.store, self._loader, self._router = own
 
     def submit(self, request: EngineRequest) -> None:
         """Queues a request. Raises PromptTooLong or QueueFull; nothing is kept then."""

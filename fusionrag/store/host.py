@@ -109,7 +109,9 @@ class MemoryStore:
     KV goes through its codec, so results are those of a store on disk.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_decoded: bool = True) -> None:
+        """is_decoded: KV is kept as a CPU uses it; else as the codec has it, as for a GPU."""
+        self._is_decoded = is_decoded
         self._lock = threading.Lock()
         self._kv: dict[str, EncodedKV] = {}
         self._stats = StoreStats()
@@ -131,7 +133,8 @@ class MemoryStore:
         return None if payload is None else StoredHit(payload, KVSource.HOST)
 
     def put(self, spec: KVSpec, kv: ChunkKV) -> None:
-        payload = StoredObject.encoded(spec, kv).payload.decoded()
+        encoded = StoredObject.encoded(spec, kv).payload
+        payload = encoded.decoded() if self._is_decoded else encoded
         with self._lock:
             self._kv.setdefault(spec.digest, payload)
 

@@ -16,12 +16,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from fusionrag.sweep import discard_orphans
+    from fusionrag.warm_up import warm_up
     from scripts.assembly import live_collections, open_parts
     from server.run import serve
 
     config = build(ServerConfig, args)
     with open_parts(args) as parts:
         discard_orphans(parts.catalogue, parts.store)  # the upkeep removes their files
-        parts.rag.engine.calibrate()
+        engine = parts.rag.engine
+        engine.calibrate()
+        if engine.model.device.type == "cuda":
+            warm_up(engine, parts.rag.prompts.prefix_ids, parts.rag.reuse)
         serve(parts.rag, config, live_collections(args, parts), ApiKeys(parts.catalogue))
     return 0
