@@ -60,7 +60,17 @@ def print_ttft(stats: RequestStats) -> None:
     print(
         f"\nTime to first token {stats.ttft_ms:.0f} ms: {stats.prompt_tokens} prompt tokens, "
         f"{stats.reused_tokens} reused, "
-        f"{stats.recomputed_tokens} recomputed, {stats.computed_tokens} computed"
+        f"{stats.recomputed_tokens} recomputed, {stats.computed_tokens} computed" + _way(stats)
     )
     for name in PHASES:
         print(f"  {name:<10} {getattr(stats.phases, name + '_ms'):8.1f} ms")
+    if stats.arrival_ms:
+        print(f"  KV arrived in {stats.arrival_ms:.1f} ms, beside these")
+
+
+def _way(stats: RequestStats) -> str:
+    """How it got to its first token, where that is not what was asked for."""
+    if stats.predicted_ms is None or stats.way == "reuse":
+        return ""
+    name = {"full": "full prefill", "prefix": "the first passage's KV alone"}[stats.way]
+    return f"; {name} was predicted to be faster ({stats.predicted_ms:.0f} ms)"

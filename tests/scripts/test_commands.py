@@ -16,8 +16,10 @@ import pytest
 
 from fusionrag import kernels
 from fusionrag.backends import KERNELS
+from fusionrag.types import RequestStats
 from index import Catalogue, DataDir, Document, Section
 from scripts.cli import main
+from scripts.commands.ask import print_ttft
 
 KV_FILES = "kv/objects/*/*.safetensors"
 
@@ -156,6 +158,15 @@ def test_ask_prints_the_answer_its_sources_and_the_ttft_breakdown(preprocessed, 
     assert "Anna Brell" in out and "Time to first token" in out and "recompute " in out
 
 
+def test_ask_says_when_it_did_not_go_as_asked_and_what_was_on_its_way(capsys):
+    print_ttft(RequestStats(prompt_tokens=900, ttft_ms=120, way="full", predicted_ms=118.2, arrival_ms=9.5))
+    out = capsys.readouterr().out
+    assert "; full prefill was predicted to be faster (118 ms)" in out and "KV arrived in 9.5 ms" in out
+    for stats in (RequestStats(way="full"), RequestStats(way="reuse", predicted_ms=20)):
+        print_ttft(stats)
+        assert "predicted" not in capsys.readouterr().out
+
+
 @pytest.fixture
 def fused_behind_all(monkeypatch):
     """One fused KV a chunk, so that what is wrong with it is what is wrong with the chunk."""
@@ -184,7 +195,7 @@ def test_doctor_explains_a_hit_a_raw_fallback_and_a_miss(fused_behind_all, prepr
 
 
 def test_doctor_says_what_runs_on_what_and_why(preprocessed, capsys):
-    assert preprocessed("doctor", "--json", "--host-tier-bytes", 0, "--device", "cpu") == 0
+    assert preprocessed("doctor", "--json", "--host-tier-bytes", 0, "--device", "cpu", "--route", "auto") == 0
     report = json.loads(capsys.readouterr().out)
     assert report["backends"] == {
         "dense_attention": "rows (it serves all rows on a CPU)",
