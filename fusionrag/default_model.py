@@ -83,8 +83,11 @@ def _convert(gguf: Path, target: Path) -> None:
     try:
         model.save_pretrained(scratch)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(scratch)
-        if not target.exists():  # another process may have been faster; its result is the same
+        try:
             scratch.rename(target)
+        except OSError:
+            if not target.exists():  # else another process was faster; its result is the same
+                raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -37,7 +37,7 @@ class ServerConfig:
         0, "bytes of uploaded files that the holder of an API key may keep; an upload beyond gets 507; 0: no limit"
     )
     max_connections: int = knob(
-        1000, "connections open at the same time; a request on one more is answered 503, and that connection closed"
+        512, "connections open at the same time; a request on one more is answered 503, and that connection closed"
     )
     max_header_bytes: int = knob(16 << 10, "longest request head in bytes; a longer one closes the connection")
     head_timeout_s: float = knob(10.0, "seconds a client may take to send a request head before it is let go")

@@ -3,8 +3,8 @@
 Knows nothing of HTTP.
 
 Extensions, sent through the official client's `extra_body`: `top_k`, `min_p`, `repetition_penalty` and `ignore_eos`;
-for chats also `collection`, `documents`, `retrieval_top_k`, `filters`, `recompute_ratio`, `method`, `citations` and
-`explain`.
+for chats also `collection`, `documents`, `retrieval_top_k`, `filters`, `ranking_options`, `recompute_ratio`, `method`,
+`citations` and `explain`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from index.errors import InvalidValue
 from index.filters import Filter, parse_filter
 from server.citations import CitationStyle
 from server.protocol.common import MAX_NAME, Body, Strict, joined_text, only
+from server.protocol.search import RankingOptions, changed_search
 
 MAX_STOPS = 4
 
@@ -134,6 +135,9 @@ class ChatCompletionRequest(GenerationRequest):
     filters: dict[str, Any] | None = Field(
         default=None, description="condition on the documents' metadata, in the form of OpenAI's vector stores"
     )
+    ranking_options: RankingOptions | None = Field(
+        default=None, description="threshold, re-ranking and weights of the search, as `file_search` takes them"
+    )
     citations: CitationStyle | None = Field(
         default=None,
         description="annotations (the default), inline (annotations, and markers [n] in the text: n is the `index` of "
@@ -196,17 +200,15 @@ class ChatCompletionRequest(GenerationRequest):
         if self.collection and self.documents:
             raise RequestError("name a collection or send documents, not both", "documents")
         collection = None if self.documents else self.collection or default_collection or None
-        for name in ("retrieval_top_k", "filters"):
+        for name in ("retrieval_top_k", "filters", "ranking_options"):
             if getattr(self, name) is not None and collection is None:
                 raise RequestError(f"{name} needs a collection to retrieve from", name)
         return (collection,) if collection else ()
 
     def _search(self, default: SearchConfig) -> SearchConfig | None:
         """The server's search with this request's changes; None when there are none."""
-        if self.retrieval_top_k is None:
-            return None
         try:
-            return replace(default, top_k=self.retrieval_top_k)
+            return changed_search(default, self.retrieval_top_k, self.ranking_options)
         except InvalidValue as error:
             raise RequestError(str(error), "retrieval_top_k") from error
 

@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
@@ -22,8 +22,8 @@ from index import Catalogue, DataDir, StorageFull
 from index.files import Files
 from server.config import ServerConfig
 from server.uploads import FormParts
-from tests.server.echo_rag import EchoRag, LiveServer, eventually, open_app, serving, until
-from tests.server.live_collections import Opened, open_live
+from tests.server.echo_rag import EchoRag, LiveServer, eventually, open_app, until
+from tests.server.live_collections import Opened
 
 pytestmark = pytest.mark.anyio
 
@@ -34,21 +34,8 @@ NOBODYS = "file-" + "0" * 24
 
 
 @pytest.fixture
-def opened(tmp_path: Path) -> Iterator[Opened]:
-    with open_live(tmp_path) as opened:
-        yield opened
-
-
-@pytest.fixture
-def server(opened: Opened) -> Iterator[LiveServer]:
-    with serving(EchoRag(), CONFIG, live=opened.live) as server:
-        yield server
-
-
-@pytest.fixture
-def openai_client(server: LiveServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
-        yield client
+def config() -> ServerConfig:
+    return CONFIG
 
 
 @pytest.fixture
@@ -61,20 +48,20 @@ def names_on_disk(opened: Opened) -> list[str]:
     return sorted(path.name for path in opened.data_dir.files.iterdir())
 
 
-def test_the_official_client_uploads_lists_reads_and_deletes(openai_client: openai.OpenAI) -> None:
-    made = [openai_client.files.create(file=(f"{n}.txt", b"x" * n), purpose="user_data") for n in (1, 2, 3)]
+def test_the_official_client_uploads_lists_reads_and_deletes(sdk: openai.OpenAI) -> None:
+    made = [sdk.files.create(file=(f"{n}.txt", b"x" * n), purpose="user_data") for n in (1, 2, 3)]
     assert [(f.filename, f.bytes, f.purpose, f.status, f.object) for f in made[:1]] == [
         ("1.txt", 1, "user_data", "processed", "file")
     ]
-    other = openai_client.files.create(file=("notes.md", "ä\r\n--b\r\n".encode()), purpose="assistants")
-    assert openai_client.files.retrieve(other.id) == other
-    assert openai_client.files.content(other.id).content == "ä\r\n--b\r\n".encode()
-    assert [f.id for f in openai_client.files.list()] == [other.id] + [f.id for f in made[::-1]]
-    assert [f.id for f in openai_client.files.list(purpose="user_data", order="asc")] == [f.id for f in made]
-    assert [f.id for f in openai_client.files.list(limit=1)] == [other.id] + [f.id for f in made[::-1]]
-    assert openai_client.files.delete(other.id).deleted
+    other = sdk.files.create(file=("notes.md", "ä\r\n--b\r\n".encode()), purpose="assistants")
+    assert sdk.files.retrieve(other.id) == other
+    assert sdk.files.content(other.id).content == "ä\r\n--b\r\n".encode()
+    assert [f.id for f in sdk.files.list()] == [other.id] + [f.id for f in made[::-1]]
+    assert [f.id for f in sdk.files.list(purpose="user_data", order="asc")] == [f.id for f in made]
+    assert [f.id for f in sdk.files.list(limit=1)] == [other.id] + [f.id for f in made[::-1]]
+    assert sdk.files.delete(other.id).deleted
     with pytest.raises(openai.NotFoundError, match=other.id):
-        openai_client.files.retrieve(other.id)
+        sdk.files.retrieve(other.id)
 
 
 async def test_the_async_client_uploads_several_at_once(server: LiveServer) -> None:
@@ -85,17 +72,17 @@ async def test_the_async_client_uploads_several_at_once(server: LiveServer) -> N
     assert [r.content for r in read] == contents
 
 
-def test_all_files_can_be_deleted_while_they_are_listed_page_by_page(openai_client: openai.OpenAI) -> None:
+def test_all_files_can_be_deleted_while_they_are_listed_page_by_page(sdk: openai.OpenAI) -> None:
     for n in range(5):
-        openai_client.files.create(file=(f"{n}.txt", b"x"), purpose="assistants")
-    for file in openai_client.files.list(limit=2):
-        openai_client.files.delete(file.id)
-    assert list(openai_client.files.list()) == []
+        sdk.files.create(file=(f"{n}.txt", b"x"), purpose="assistants")
+    for file in sdk.files.list(limit=2):
+        sdk.files.delete(file.id)
+    assert list(sdk.files.list()) == []
 
 
-def test_a_file_may_be_given_an_end(openai_client: openai.OpenAI) -> None:
+def test_a_file_may_be_given_an_end(sdk: openai.OpenAI) -> None:
     expiry = {"anchor": "created_at", "seconds": 3600}
-    file = openai_client.files.create(file=("a.txt", b"x"), purpose="assistants", expires_after=expiry)
+    file = sdk.files.create(file=("a.txt", b"x"), purpose="assistants", expires_after=expiry)
     assert file.expires_at == file.created_at + 3600
 
 
@@ -166,19 +153,19 @@ async def test_a_body_that_is_no_whole_form_is_refused(
 
 @pytest.mark.parametrize("num_megabytes", [2, 40])
 def test_a_file_that_is_too_long_is_refused_in_a_way_the_official_client_can_read(
-    openai_client: openai.OpenAI, opened: Opened, num_megabytes: int
+    sdk: openai.OpenAI, opened: Opened, num_megabytes: int
 ) -> None:
     with pytest.raises(openai.APIStatusError) as refused:
-        openai_client.files.create(file=("a.txt", b"x" * (num_megabytes << 20)), purpose="assistants")
+        sdk.files.create(file=("a.txt", b"x" * (num_megabytes << 20)), purpose="assistants")
     assert refused.value.status_code == 413
     assert names_on_disk(opened) == []
 
 
-def test_a_file_may_have_exactly_the_limit(openai_client: openai.OpenAI) -> None:
-    file = openai_client.files.create(file=("a.txt", b"x" * MAX_FILE_BYTES), purpose="assistants")
+def test_a_file_may_have_exactly_the_limit(sdk: openai.OpenAI) -> None:
+    file = sdk.files.create(file=("a.txt", b"x" * MAX_FILE_BYTES), purpose="assistants")
     assert file.bytes == MAX_FILE_BYTES
     with pytest.raises(openai.APIStatusError, match=str(MAX_FILE_BYTES)) as refused:
-        openai_client.files.create(file=("a.txt", b"x" * (MAX_FILE_BYTES + 1)), purpose="assistants")
+        sdk.files.create(file=("a.txt", b"x" * (MAX_FILE_BYTES + 1)), purpose="assistants")
     assert refused.value.status_code == 413
 
 

@@ -72,6 +72,7 @@ MALFORMED = {
     "collection": "",
     "documents": [],
     "retrieval_top_k": 0,
+    "ranking_options": "strict",
     "recompute_ratio": 1.5,
     "method": "magic",
     "top_k": -1,
@@ -135,6 +136,9 @@ async def test_completions_refuse_what_does_not_apply_to_a_plain_prompt(client, 
         ({"collection": "planets", "documents": [{"text": "t"}]}, "documents"),
         ({"retrieval_top_k": 3}, "retrieval_top_k"),
         ({"retrieval_top_k": 3, "documents": [{"text": "t"}]}, "retrieval_top_k"),
+        ({"retrieval_top_k": 10_000, "collection": "planets"}, "retrieval_top_k"),
+        ({"ranking_options": {"score_threshold": 0.5}}, "ranking_options"),
+        ({"ranking_options": {"score_threshold": 2}, "collection": "planets"}, "ranking_options.score_threshold"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"messages": []}, "messages"),
@@ -241,3 +245,13 @@ async def test_the_default_collection_answers_chats_but_not_plain_prompts(rag: E
         await client.post(TEXT, json={"model": MODEL, "prompt": "x"})
     assert [q.collections for q in rag.questions] == [("planets",), ()]
     assert [q.search and q.search.top_k for q in rag.questions] == [3, None]
+
+
+async def test_a_chat_can_say_how_to_search(rag: EchoRag) -> None:
+    ranking = {"score_threshold": 0.5, "hybrid_search": {"embedding_weight": 1, "text_weight": 3}}
+    async with open_app(rag) as client:
+        reply = await client.post(CHAT, json=chat(collection="planets", ranking_options=ranking))
+    assert reply.status_code == 200
+    search = rag.questions[0].search
+    assert search is not None and (search.score_threshold, search.lexical_weight) == (0.5, 0.75)
+    assert search.top_k == rag.search.top_k

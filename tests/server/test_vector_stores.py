@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -18,8 +17,8 @@ from index import Document, Section
 from index.api_keys import ApiKeys
 from index.types import IngestProgress, KVObject
 from server.config import ServerConfig
-from tests.server.echo_rag import EchoRag, LiveServer, open_app, serving, until
-from tests.server.live_collections import Opened, open_live
+from tests.server.echo_rag import EchoRag, LiveServer, open_app, until
+from tests.server.live_collections import Opened
 
 pytestmark = pytest.mark.anyio
 
@@ -32,24 +31,6 @@ PLANETS = {
     '{"id": "s", "title": "Saturn", "text": "Saturn has rings of ice."}\n',
     "moon.html": "<html><head><title>Moon</title></head><body><p>The Moon circles the Earth.</p></body></html>",
 }
-
-
-@pytest.fixture
-def opened(tmp_path: Path) -> Iterator[Opened]:
-    with open_live(tmp_path) as opened:
-        yield opened
-
-
-@pytest.fixture
-def server(opened: Opened) -> Iterator[LiveServer]:
-    with serving(EchoRag(), CONFIG, live=opened.live) as server:
-        yield server
-
-
-@pytest.fixture
-def sdk(server: LiveServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 @pytest.fixture
