@@ -142,7 +142,7 @@ class RetrievalConfig:
 class PreprocessConfig:
     """The offline job."""
 
-    num_related: int = knob(6, "related chunks that each chunk's fused KV is computed behind; 0: raw only")
+    num_related: int = knob(3, "related chunks that each chunk's fused KV is computed behind; 0: raw only")
     related_by: str = knob(
         "both", "how related chunks are found: words (rare words shared), meaning (nearest vectors), or both"
     )
