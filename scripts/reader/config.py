@@ -12,7 +12,7 @@ class ContextConfig:
     """What a training context holds and what is asked of it."""
 
     max_questions: int = knob(14, "most questions that hang off one context")
-    human_per_context: float = knob(0.9, "human-written questions per context, on average")
+    human_per_context: float = knob(0.75, "human-written questions per context, on average")
     counterfactual_share: float = knob(0.6, "share of passages whose years, people or answers are changed")
     plain_share: float = knob(0.04, "share of contexts in lower case and without titles")
     bridge_share: float = knob(0.3, "weight of two-hop questions")

@@ -17,7 +17,7 @@ from scripts.reader.config import ContextConfig
 from scripts.reader.corpus import Corpus
 from scripts.reader.natural import ask_sentence
 from scripts.reader.passages import Link, Passage, Question
-from scripts.reader.rewrite import in_other_years, with_other_answer, with_person, year_offset
+from scripts.reader.rewrite import in_other_years, substitutes, with_other_answer, with_person, year_offset
 
 LETTERS_PER_TOKEN = 4.1
 TOKENS_BESIDE_TEXT = 4
@@ -65,7 +65,7 @@ class Composer:
 
     def __init__(self, corpus: Corpus, config: ContextConfig) -> None:
         self._corpus, self._config = corpus, config
-        self._names = corpus.names
+        self._substitutes = substitutes(corpus.human, [corpus.passages[i].name for i in corpus.people])
 
     def compose(self, rng: Random) -> Context:
         """A context with at least one question."""
@@ -88,7 +88,7 @@ class Composer:
         for _ in range(int(wanted) + int(rng.random() < wanted % 1)):
             question = asked = rng.choice(self._corpus.human)
             if rng.random() < self._config.counterfactual_share:
-                asked = with_other_answer(question, self._names, rng)
+                asked = with_other_answer(question, self._substitutes, rng)
             if scene.add(*asked.gold):
                 scene.used.update(self._corpus.places[p.text] for p in question.gold)
                 answer = asked.answers[0] if rng.random() < 0.8 else rng.choice(asked.answers)

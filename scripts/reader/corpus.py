@@ -31,10 +31,6 @@ class Corpus:
     people: tuple[int, ...]  # passages of persons that such a copy may name instead
     places: dict[str, int]  # text → place in `passages`
 
-    @property
-    def names(self) -> list[str]:
-        return [self.passages[i].name for i in self.people]
-
 
 def build_corpus(passages: Sequence[Passage], human: Sequence[HumanQuestion], num_neighbours: int = 16) -> Corpus:
     """Finds facts, links and neighbours; the human questions' own passages join the corpus."""

@@ -6,6 +6,7 @@ Knows nothing about questions' wording. Invariant: a copy's facts stand verbatim
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from random import Random
 
@@ -13,6 +14,7 @@ from scripts.reader.passages import HumanQuestion, Passage
 from scripts.reader.patterns import FULL_NAME, YEAR
 
 FIRST_YEAR, LAST_YEAR = 1000, 2023
+MIN_SUBSTITUTES = 20
 _YEAR = re.compile(rf"\b(?<![\d,.]){YEAR}(?![,.]\d)")
 _NUMBER = re.compile(r"(?<![\w.,])\d{1,3}(?:,\d{3})+(?![\w,])|(?<![\w.,])\d{2,3}(?![\w,.])")
 _PERSON = re.compile(FULL_NAME)
@@ -48,7 +50,25 @@ def with_person(passage: Passage, relation: str, name: str) -> Passage:
     return replace(passage, text=passage.text.replace(old, name), facts=facts)
 
 
-def with_other_answer(question: HumanQuestion, names: list[str], rng: Random) -> HumanQuestion:
+def substitutes(questions: Sequence[HumanQuestion], people: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """First word of a question → names that may stand for its answer: people for 'who', else what others ask for."""
+    found: dict[str, list[str]] = {}
+    for question in questions:
+        if _is_name(question.answers[0]):
+            found.setdefault(_first_word(question), []).append(question.answers[0])
+    common = {word: tuple(answers) for word, answers in found.items() if len(answers) >= MIN_SUBSTITUTES}
+    return {**common, "who": tuple(people)} if people else common
+
+
+def _is_name(answer: str) -> bool:
+    return answer[:1].isupper() and not re.search(r"\d", answer) and len(answer.split()) <= 5
+
+
+def _first_word(question: HumanQuestion) -> str:
+    return question.text.split()[0].lower()
+
+
+def with_other_answer(question: HumanQuestion, others: Mapping[str, Sequence[str]], rng: Random) -> HumanQuestion:
     """The question with gold passages in which its answer is another of the same sort; itself where no rule fits."""
     answer = question.answers[0]
     if not any(answer in passage.text for passage in question.gold):
@@ -59,8 +79,9 @@ def with_other_answer(question: HumanQuestion, names: list[str], rng: Random) ->
         return HumanQuestion(shift_years(question.text, offset), (shift_years(answer, offset),), gold)
     if match := _NUMBER.search(answer):
         return _replaced(question, answer, match.group(0), _other_number(match.group(0), rng))
-    if _PERSON.fullmatch(answer) and question.text.lower().startswith("who"):
-        return _replaced(question, answer, answer, rng.choice(names))
+    word = _first_word(question)
+    if word in others and _is_name(answer) and (word != "who" or _PERSON.fullmatch(answer)):
+        return _replaced(question, answer, answer, rng.choice(others[word]))
     return question
 
 
@@ -68,8 +89,12 @@ def _replaced(question: HumanQuestion, answer: str, old: str, new: str) -> Human
     pattern = re.compile(rf"(?<![\w.,]){re.escape(old)}(?!\w)")
     if pattern.search(question.text):  # the question itself says it; changing the passage alone would contradict it
         return question
-    gold = tuple(replace(p, title=pattern.sub(new, p.title), text=pattern.sub(new, p.text)) for p in question.gold)
-    return HumanQuestion(question.text, (pattern.sub(new, answer),), gold)
+
+    def changed(text: str) -> str:
+        return pattern.sub(lambda _: new, text)
+
+    gold = tuple(replace(p, title=changed(p.title), text=changed(p.text)) for p in question.gold)
+    return HumanQuestion(question.text, (changed(answer),), gold)
 
 
 def _other_number(number: str, rng: Random) -> str:

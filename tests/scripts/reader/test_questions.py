@@ -11,8 +11,16 @@ from scripts.reader.asking import ask_bridge, ask_fact
 from scripts.reader.comparisons import BY_DATE, BY_PERSON, EARLIER, comparable_dates, compare, date_key
 from scripts.reader.facts import find_links, gender, with_facts
 from scripts.reader.natural import ask_sentence
-from scripts.reader.passages import Passage
-from scripts.reader.rewrite import in_other_years, shift_years, with_other_answer, with_person, year_offset
+from scripts.reader.passages import HumanQuestion, Passage
+from scripts.reader.rewrite import (
+    MIN_SUBSTITUTES,
+    in_other_years,
+    shift_years,
+    substitutes,
+    with_other_answer,
+    with_person,
+    year_offset,
+)
 
 
 def test_facts_of_a_person_and_a_film(corpus):
@@ -72,11 +80,19 @@ def test_another_person_takes_the_place_of_the_old_one_everywhere(corpus):
 def test_a_human_question_keeps_its_words_and_gets_an_answer_that_its_passage_gives(human):
     rng, answers = Random(0), Counter()
     for question in human * 10:
-        changed = with_other_answer(question, ["Pavel Marek", "Rosa Orsini"], rng)
+        changed = with_other_answer(question, {"who": ["Pavel Marek", "Rosa Orsini"]}, rng)
         assert changed.text == question.text
         assert changed.answers[0] in changed.gold[0].text
         answers[changed.answers[0] == question.answers[0]] += 1
     assert answers[False] > 20  # chance may draw the old year or number again
+
+
+def test_substitutes_are_people_for_who_and_else_answers_to_such_questions(human):
+    where = [HumanQuestion("Where is it?", (name,), human[0].gold) for name in ("Kell", "in Lum", "Route 7")]
+    assert substitutes(where * MIN_SUBSTITUTES, ["Pavel Marek"]) == {
+        "where": ("Kell",) * MIN_SUBSTITUTES,
+        "who": ("Pavel Marek",),
+    }
 
 
 def test_an_answer_stands_in_the_passage_and_of_two_hops_only_in_the_second(corpus):
