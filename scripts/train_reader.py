@@ -27,7 +27,7 @@ from scripts.reader.corpus import build_corpus
 from scripts.reader.encoding import Encoder
 from scripts.reader.holdout import Holdout, exclude
 from scripts.reader.passages import read_human_questions, read_passages
-from scripts.reader.scoring import answer_all, by_type
+from scripts.reader.scoring import Answered, answer_all, by_type, differences
 from scripts.reader.stream import load_rows
 from scripts.reader.training import Trainer, plot_loss
 
@@ -55,8 +55,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     composer = Composer(prepare(args, examples), build(ContextConfig, args))
     train(args, config, composer, adapter)
     print(f"adapter after {time.perf_counter() - began:.0f} s")
-    scores = {str(path): score(args.base, path, examples) for path in [None, *args.compare, adapter]}
-    report = {"args": _plain(vars(args)), "device": _device(), "training": asdict(config), "scores": scores}
+    scores = {path: score(args.base, path, examples) for path in [None, *args.compare, adapter]}
+    for path in args.compare:
+        _print_differences(f"new minus {path}", scores[adapter], scores[path])
+    report = {
+        "args": {name: str(value) for name, value in vars(args).items()},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "training": asdict(config),
+        "scores": {str(path): _as_json(found) for path, found in scores.items()},
+    }
     (args.out / "scores.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     print(f"done after {time.perf_counter() - began:.0f} s")
 
@@ -103,8 +110,8 @@ def _chain(first: Any, rest: Any) -> Any:
     yield from rest
 
 
-def score(base: Path, adapter: Path | None, examples: dict[str, list[Example]]) -> dict[str, Any]:
-    """F1 and exact match by file and kind of question; an adapter is merged as the server merges it."""
+def score(base: Path, adapter: Path | None, examples: dict[str, list[Example]]) -> dict[str, list[Answered]]:
+    """What the model answers to each file's questions; an adapter is merged as the server merges it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -114,25 +121,25 @@ def score(base: Path, adapter: Path | None, examples: dict[str, list[Example]]) 
         model.load_state_dict(weights)
     if torch.cuda.is_available():
         model = model.to("cuda", torch.bfloat16)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    found = {}
+    tokenizer, found = AutoTokenizer.from_pretrained(base), {}
     for name, wanted in examples.items():
-        answered = answer_all(model.eval(), tokenizer, wanted)
-        groups = by_type(answered)
-        found[name] = {"groups": groups, "answers": [[a.answer, round(100 * a.f1, 1)] for a in answered]}
-        print(
-            f"{adapter or 'base'} {name} " + " ".join(f"{k}:{f1:.1f}({n})" for k, (n, f1, _) in groups.items()),
-            flush=True,
-        )
+        found[name] = answer_all(model.eval(), tokenizer, wanted)
+        groups = by_type(found[name]).items()
+        print(adapter or "base", name, *(f"{kind}: {f1:.1f} ({n})" for kind, (n, f1, _) in groups), flush=True)
     return found
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(values, default=str))  # type: ignore[no-any-return]
+def _print_differences(title: str, new: dict[str, list[Answered]], old: dict[str, list[Answered]]) -> None:
+    for name, answered in new.items():
+        kinds = differences(answered, old[name]).items()
+        print(title, name, *(f"{kind}: {d.mean:+.1f} [{d.low:.1f}, {d.high:.1f}]" for kind, d in kinds), flush=True)
 
 
-def _device() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+def _as_json(scores: dict[str, list[Answered]]) -> dict[str, Any]:
+    return {
+        name: {"groups": by_type(answered), "answers": [[a.answer, round(100 * a.f1, 1)] for a in answered]}
+        for name, answered in scores.items()
+    }
 
 
 if __name__ == "__main__":

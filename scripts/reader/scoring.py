@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from scripts.evaluation.datasets import Example
-from scripts.evaluation.metrics import exact_match, f1_score
+from scripts.evaluation.metrics import Interval, exact_match, f1_score, paired_bootstrap
 from scripts.reader.encoding import Encoder
 
 MAX_ANSWER_TOKENS = 16
@@ -76,14 +76,27 @@ def _batches(prompts: Sequence[tuple[int, ...]], max_batch_tokens: int) -> Itera
 
 def by_type(answered: Sequence[Answered]) -> dict[str, tuple[int, float, float]]:
     """Kind of question → (number, mean F1, mean exact match) in percent points; 'all' first."""
+    return {
+        name: (len(items), 100 * _mean([i.f1 for i in items]), 100 * _mean([i.exact for i in items]))
+        for name, items in _grouped(answered).items()
+    }
+
+
+def differences(new: Sequence[Answered], old: Sequence[Answered]) -> dict[str, Interval]:
+    """Kind of question → F1 of `new` minus that of `old` on the same questions, in percent points, with its interval."""
+    before = _grouped(old)
+    return {
+        name: paired_bootstrap([100 * i.f1 for i in items], [100 * i.f1 for i in before[name]])
+        for name, items in _grouped(new).items()
+    }
+
+
+def _grouped(answered: Sequence[Answered]) -> dict[str, list[Answered]]:
     groups: dict[str, list[Answered]] = defaultdict(list)
     for item in answered:
         groups["all"].append(item)
         groups[group_of(item.example.type)].append(item)
-    return {
-        name: (len(items), 100 * _mean([i.f1 for i in items]), 100 * _mean([i.exact for i in items]))
-        for name, items in groups.items()
-    }
+    return groups
 
 
 def group_of(example_type: str) -> str:

@@ -10,7 +10,9 @@ from random import Random
 
 import pytest
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from scripts.reader.adapter import add_adapter, save_adapter
 from scripts.reader.branches import Branch, Rows, Tree, pack
 from scripts.reader.config import ContextConfig
 from scripts.reader.contexts import Composer
@@ -61,13 +63,28 @@ def test_a_seed_gives_the_same_rows_again(stream):
     assert all((a.ids == b.ids).all() for a, b in zip(once, again, strict=True))
 
 
-def test_the_command_trains_scores_and_leaves_out_what_is_evaluated(tmp_path, files, tiny_model, capsys):
+def test_the_command_trains_scores_and_leaves_out_what_is_evaluated(tmp_path, files, tiny_model, small, capsys):
     out = tmp_path / "out"
     flags = "--rank 2 --max-steps 1 --rows 1 --micro-rows 1 --row-tokens 4096 --num-workers 0 --human-per-context 1"
     paths = ["--base", tiny_model, "--passages", files["passages"], "--human", files["human"]]
-    main([*map(str, paths), "--evaluate", str(files["evaluation"]), "--out", str(out), *flags.split()])
-    assert "16 passages (1 dropped)" in capsys.readouterr().out
+    earlier = tmp_path / "earlier.safetensors"
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    save_adapter(add_adapter(base, small), earlier, small.scale)
+    main(
+        [
+            *map(str, paths),
+            "--evaluate",
+            str(files["evaluation"]),
+            "--out",
+            str(out),
+            "--compare",
+            str(earlier),
+            *flags.split(),
+        ]
+    )
+    printed = capsys.readouterr().out
+    assert "16 passages (1 dropped)" in printed and "new minus" in printed
     scores = json.loads((out / "scores.json").read_text())["scores"]
-    assert {name.rpartition("/")[2] for name in scores} == {"None", "adapter.safetensors"}
+    assert {name.rpartition("/")[2] for name in scores} == {"None", "earlier.safetensors", "adapter.safetensors"}
     assert scores["None"]["evaluation"]["groups"]["all"][0] == 1
     assert load_file(out / "adapter.safetensors")["0.q.A"].shape[0] == 2
