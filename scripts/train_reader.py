@@ -89,25 +89,21 @@ def train(args: argparse.Namespace, config: TrainingConfig, composer: Composer, 
     """From the base model, or from an earlier adapter, to a saved adapter."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    attention = "flex_attention" if device == "cuda" else "sdpa"
+    cuda = torch.cuda.is_available()
+    kind = {"dtype": torch.bfloat16, "attn_implementation": "flex_attention"} if cuda else {"dtype": torch.float32}
     rows = load_rows(composer, Encoder(AutoTokenizer.from_pretrained(args.base)), config)
     first = next(rows)  # the workers start before CUDA does
-    base: Any = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32, attn_implementation=attention)
-    model = add_adapter(base.to(device), config)
+    base: Any = AutoModelForCausalLM.from_pretrained(args.base, **kind)
+    model = add_adapter(base.to("cuda" if cuda else "cpu"), config)
     if args.start_from:
         load_adapter_(model, args.start_from, config.scale)
     trainer = Trainer(model, config)
-    history = trainer.train(_chain(first, rows), args.out / "log.jsonl")
+    trainer.warm_up(first)
+    history = trainer.train(rows, args.out / "log.jsonl")
     save_adapter(model, adapter, config.scale)
     plot_loss(history, args.out / "loss.png")
-    if device == "cuda":
+    if cuda:
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB", flush=True)
-
-
-def _chain(first: Any, rest: Any) -> Any:
-    yield first
-    yield from rest
 
 
 def score(base: Path, adapter: Path | None, examples: dict[str, list[Example]]) -> dict[str, list[Answered]]:

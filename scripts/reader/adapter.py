@@ -29,8 +29,12 @@ NORMS = {"n1": "input_layernorm", "n2": "post_attention_layernorm"}
 
 
 def add_adapter(model: Any, config: TrainingConfig) -> Any:
-    """A PEFT model around `model`, equal to it until it is trained; only the adapter and the norms are trainable."""
+    """A PEFT model around `model`, equal to it until it is trained; only the adapter and the norms are trainable.
+
+    What is trained is fp32 whatever the model's dtype; inputs are cast by autocast, not by PEFT as well.
+    """
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
 
     torch.manual_seed(config.seed)
     lora = LoraConfig(
@@ -42,7 +46,14 @@ def add_adapter(model: Any, config: TrainingConfig) -> Any:
     )
     with warnings.catch_warnings():  # PEFT asks transformers by a name that is going away
         warnings.simplefilter("ignore", FutureWarning)
-        return get_peft_model(model, lora)
+        adapted = get_peft_model(model, lora)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False
+    return adapted
 
 
 def parameter_groups(model: Any, config: TrainingConfig) -> list[dict[str, Any]]:

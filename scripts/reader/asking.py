@@ -104,7 +104,8 @@ def ask_bridge(link: Link, rng: Random) -> Question | None:
     attributes = [a for a in attributes if facts[a] not in (source.name, link.target.name)]
     if not attributes:
         return None
-    attribute = rng.choice(attributes)
+    weights = [0.4 if a in _MAY_STAND_IN_BOTH else 1.0 for a in attributes]  # most people have them, and they are short
+    attribute = rng.choices(attributes, weights)[0]
     return _ask(describe(link, rng), attribute, facts[attribute], OF_A_PERSON[attribute], "bridge", rng)
 
 

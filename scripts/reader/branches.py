@@ -153,4 +153,5 @@ def block_mask(rows: Rows) -> Any:
         return same_document & reachable & (query >= key)
 
     batch, length = documents.shape
-    return create_block_mask(allowed, batch, None, length, length, device=documents.device)
+    device = documents.device
+    return create_block_mask(allowed, batch, None, length, length, device=device, _compile=device.type == "cuda")

@@ -1,7 +1,7 @@
 """Questions that compare two passages, or two people whom links lead to: earlier or later, same or not.
 
 Invariants: the answer is one of the two names in the question, 'yes', 'no', or what both share; the order of the names
-is random and 'yes' and 'no' are equally likely, so that neither place nor habit gives the answer away.
+is random, and 'yes' and 'no' are wanted equally often, so that neither place nor habit gives the answer away.
 """
 
 from __future__ import annotations

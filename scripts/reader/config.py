@@ -12,13 +12,13 @@ class ContextConfig:
     """What a training context holds and what is asked of it."""
 
     max_questions: int = knob(14, "most questions that hang off one context")
-    human_per_context: float = knob(0.75, "human-written questions per context, on average")
+    human_per_context: float = knob(1.7, "human-written questions per context, on average")
     counterfactual_share: float = knob(0.6, "share of passages whose years, people or answers are changed")
     plain_share: float = knob(0.04, "share of contexts in lower case and without titles")
-    bridge_share: float = knob(0.3, "weight of two-hop questions")
-    comparison_share: float = knob(0.36, "weight of comparisons")
+    bridge_share: float = knob(0.29, "weight of two-hop questions")
+    comparison_share: float = knob(0.45, "weight of comparisons")
     fact_share: float = knob(0.1, "weight of questions about one fact")
-    sentence_share: float = knob(0.24, "weight of questions made from a sentence")
+    sentence_share: float = knob(0.16, "weight of questions made from a sentence")
 
     def __post_init__(self) -> None:
         require(self.max_questions > 0, "max_questions", "must be positive")
@@ -32,9 +32,9 @@ class TrainingConfig:
 
     rank: int = knob(24, "rank of the low-rank matrices")
     scale: float = knob(2.0, "what B·A is multiplied by: alpha divided by rank")
-    learning_rate: float = knob(1.8e-3, "peak learning rate of the low-rank matrices")
-    norm_learning_rate: float = knob(1.8e-4, "peak learning rate of the norms")
-    max_steps: int = knob(2400, "optimizer steps")
+    learning_rate: float = knob(1.2e-3, "peak learning rate of the low-rank matrices")
+    norm_learning_rate: float = knob(1.2e-4, "peak learning rate of the norms")
+    max_steps: int = knob(3000, "optimizer steps")
     max_seconds: float = knob(1200.0, "the schedule also ends when this much time has passed")
     warmup: float = knob(0.03, "share of the schedule over which the learning rate rises")
     final: float = knob(0.03, "share of the peak learning rate that is left at the end")

@@ -83,7 +83,7 @@ def by_type(answered: Sequence[Answered]) -> dict[str, tuple[int, float, float]]
 
 
 def differences(new: Sequence[Answered], old: Sequence[Answered]) -> dict[str, Interval]:
-    """Kind of question → F1 of `new` minus that of `old` on the same questions, in percent points, with its interval."""
+    """Kind of question → F1 of `new` minus that of `old` on the same questions, in points, with its interval."""
     before = _grouped(old)
     return {
         name: paired_bootstrap([100 * i.f1 for i in items], [100 * i.f1 for i in before[name]])

@@ -52,6 +52,12 @@ class Trainer:
             for layer in self._lm.model.layers:
                 layer.compile(dynamic=False)
 
+    def warm_up(self, rows: Rows) -> None:
+        """Forth and back once, forgetting the gradient, so that the schedule's time does not hold the compilation."""
+        self._model.train()
+        self.loss(rows.to(self._device))[0].backward()  # type: ignore[no-untyped-call]
+        self._optimizer.zero_grad(set_to_none=True)
+
     def train(self, rows: Iterator[Rows], log: Path | None = None) -> list[Progress]:
         """Runs the schedule to its end; every line of the log is also appended to `log` as JSON and printed."""
         self._model.train()
