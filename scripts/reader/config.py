@@ -32,8 +32,8 @@ class TrainingConfig:
 
     rank: int = knob(24, "rank of the low-rank matrices")
     scale: float = knob(2.0, "what B·A is multiplied by: alpha divided by rank")
-    learning_rate: float = knob(1.2e-3, "peak learning rate of the low-rank matrices")
-    norm_learning_rate: float = knob(1.2e-4, "peak learning rate of the norms")
+    learning_rate: float = knob(1e-3, "peak learning rate of the low-rank matrices")
+    norm_learning_rate: float = knob(1e-4, "peak learning rate of the norms")
     max_steps: int = knob(3000, "optimizer steps")
     max_seconds: float = knob(1200.0, "the schedule also ends when this much time has passed")
     warmup: float = knob(0.03, "share of the schedule over which the learning rate rises")
