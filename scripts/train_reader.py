@@ -23,7 +23,7 @@ from scripts.options import add_config_flags, build
 from scripts.reader.adapter import add_adapter, load_adapter_, save_adapter
 from scripts.reader.config import ContextConfig, TrainingConfig
 from scripts.reader.contexts import Composer
-from scripts.reader.corpus import build_corpus
+from scripts.reader.corpus import Corpus, build_corpus
 from scripts.reader.encoding import Encoder
 from scripts.reader.holdout import Holdout, exclude
 from scripts.reader.passages import read_human_questions, read_passages
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"done after {time.perf_counter() - began:.0f} s")
 
 
-def prepare(args: argparse.Namespace, examples: dict[str, list[Example]]) -> Any:
+def prepare(args: argparse.Namespace, examples: dict[str, list[Example]]) -> Corpus:
     """The corpus, without what the evaluation files ask about."""
     held_out = [e for found in examples.values() for e in found]
     held_out += [e for path in args.hold_out for e in load_dataset(path)]
