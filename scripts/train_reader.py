@@ -1,0 +1,142 @@
+"""Trains the reader in the box: `python -m scripts.train_reader --help`.
+
+Makes questions from real passages, trains a LoRA adapter on them, and scores it by full prefill on evaluation files,
+of which nothing is trained on. Writes adapter.safetensors, log.jsonl, loss.png and scores.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from fusionrag.default_model import merge_adapter_
+from scripts.evaluation.datasets import Example, load_dataset
+from scripts.options import add_config_flags, build
+from scripts.reader.adapter import add_adapter, load_adapter_, save_adapter
+from scripts.reader.config import ContextConfig, TrainingConfig
+from scripts.reader.contexts import Composer
+from scripts.reader.corpus import Corpus, build_corpus
+from scripts.reader.encoding import Encoder
+from scripts.reader.holdout import Holdout, exclude
+from scripts.reader.passages import read_human_questions, read_passages
+from scripts.reader.scoring import Answered, answer_all, by_type, differences
+from scripts.reader.stream import load_rows
+from scripts.reader.training import Trainer, plot_loss
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="train_reader", description=__doc__)
+    parser.add_argument("--base", type=Path, required=True, help="directory of the model without an adapter")
+    parser.add_argument("--passages", type=Path, required=True, help="JSON: [{title, text}]")
+    parser.add_argument("--human", type=Path, required=True, help="JSON: [{question, answers, gold: [{title, text}]}]")
+    parser.add_argument("--evaluate", type=Path, nargs="*", default=[], help="files to score on, never to train on")
+    parser.add_argument("--hold-out", type=Path, nargs="*", default=[], help="more files never to train on")
+    parser.add_argument("--start-from", type=Path, help="adapter to go on from, instead of a new one")
+    parser.add_argument("--compare", type=Path, nargs="*", default=[], help="other adapters to score beside")
+    parser.add_argument("--out", type=Path, required=True, help="directory for what is written")
+    add_config_flags(parser, TrainingConfig, ContextConfig)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    config, adapter = build(TrainingConfig, args), args.out / "adapter.safetensors"
+    examples = {path.stem: load_dataset(path) for path in args.evaluate}
+    composer = Composer(prepare(args, examples), build(ContextConfig, args))
+    train(args, config, composer, adapter)
+    print(f"adapter after {time.perf_counter() - began:.0f} s")
+    scores = {path: score(args.base, path, examples) for path in [None, *args.compare, adapter]}
+    for path in args.compare:
+        _print_differences(f"new minus {path}", scores[adapter], scores[path])
+    report = {
+        "args": {name: str(value) for name, value in vars(args).items()},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "training": asdict(config),
+        "scores": {str(path): _as_json(found) for path, found in scores.items()},
+    }
+    (args.out / "scores.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    print(f"done after {time.perf_counter() - began:.0f} s")
+
+
+def prepare(args: argparse.Namespace, examples: dict[str, list[Example]]) -> Corpus:
+    """The corpus, without what the evaluation files ask about."""
+    held_out = [e for found in examples.values() for e in found]
+    held_out += [e for path in args.hold_out for e in load_dataset(path)]
+    passages, human, dropped = exclude(
+        read_passages(args.passages), read_human_questions(args.human), Holdout(held_out)
+    )
+    corpus = build_corpus(passages, human)
+    print(
+        f"{len(passages)} passages ({dropped.passages} dropped), {len(human)} human questions "
+        f"({dropped.human_questions} dropped), {len(corpus.with_facts)} passages with facts, "
+        f"{len(corpus.links)} links, {len(corpus.sources)} sources and {len(corpus.people)} people for other ones",
+        flush=True,
+    )
+    return corpus
+
+
+def train(args: argparse.Namespace, config: TrainingConfig, composer: Composer, adapter: Path) -> None:
+    """From the base model, or from an earlier adapter, to a saved adapter."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    cuda = torch.cuda.is_available()
+    kind = {"dtype": torch.bfloat16, "attn_implementation": "flex_attention"} if cuda else {"dtype": torch.float32}
+    rows = load_rows(composer, Encoder(AutoTokenizer.from_pretrained(args.base)), config)
+    first = next(rows)  # the workers start before CUDA does
+    base: Any = AutoModelForCausalLM.from_pretrained(args.base, **kind)
+    model = add_adapter(base.to("cuda" if cuda else "cpu"), config)
+    if args.start_from:
+        load_adapter_(model, args.start_from, config.scale)
+    trainer = Trainer(model, config)
+    trainer.warm_up(first)
+    history = trainer.train(rows, args.out / "log.jsonl")
+    save_adapter(model, adapter, config.scale)
+    plot_loss(history, args.out / "loss.png")
+    if cuda:
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB", flush=True)
+
+
+def score(base: Path, adapter: Path | None, examples: dict[str, list[Example]]) -> dict[str, list[Answered]]:
+    """What the model answers to each file's questions; an adapter is merged as the server merges it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if adapter:
+        weights = model.state_dict()
+        merge_adapter_(weights, load_file(adapter))
+        model.load_state_dict(weights)
+    if torch.cuda.is_available():
+        model = model.to("cuda", torch.bfloat16)
+    tokenizer, found = AutoTokenizer.from_pretrained(base), {}
+    for name, wanted in examples.items():
+        found[name] = answer_all(model.eval(), tokenizer, wanted)
+        groups = by_type(found[name]).items()
+        print(adapter or "base", name, *(f"{kind}: {f1:.1f} ({n})" for kind, (n, f1, _) in groups), flush=True)
+    return found
+
+
+def _print_differences(title: str, new: dict[str, list[Answered]], old: dict[str, list[Answered]]) -> None:
+    for name, answered in new.items():
+        kinds = differences(answered, old[name]).items()
+        print(title, name, *(f"{kind}: {d.mean:+.1f} [{d.low:.1f}, {d.high:.1f}]" for kind, d in kinds), flush=True)
+
+
+def _as_json(scores: dict[str, list[Answered]]) -> dict[str, Any]:
+    return {
+        name: {"groups": by_type(answered), "answers": [[a.answer, round(100 * a.f1, 1)] for a in answered]}
+        for name, answered in scores.items()
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The loop learns, follows its schedule, and the command does the whole of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from random import Random
+
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from scripts.reader.adapter import add_adapter, save_adapter
+from scripts.reader.branches import Branch, Rows, Tree, pack
+from scripts.reader.config import ContextConfig
+from scripts.reader.contexts import Composer
+from scripts.reader.encoding import Encoder
+from scripts.reader.stream import RowStream
+from scripts.reader.training import Trainer, plot_loss
+from scripts.train_reader import main
+
+
+@pytest.fixture
+def stream(corpus, tokenizer, small):
+    return RowStream(Composer(corpus, ContextConfig(plain_share=0.0)), Encoder(tokenizer), small)
+
+
+def copying_rows(num_rows: int) -> Iterator[Rows]:
+    """Without end: contexts that name a byte after a mark, and a question for it."""
+    rng = Random(0)
+
+    def trees() -> Iterator[Tree]:
+        while True:
+            context = [rng.randrange(60) for _ in range(20)]
+            yield Tree((*context, 61, answer := rng.randrange(60)), (Branch((61,), (answer, 257)),))
+
+    return pack(trees(), num_rows, row_tokens=128)
+
+
+def test_loss_falls(make_peft, small, tmp_path):
+    config = replace(small, learning_rate=3e-2, max_steps=80)
+    history = Trainer(make_peft(), config).train(copying_rows(1), tmp_path / "log.jsonl")
+    before, _ = Trainer(make_peft(), small).loss(next(copying_rows(1)))
+    assert history[-1].loss < 0.8 * float(before.detach())
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [20, 40, 60, 80]
+    plot_loss(history, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_parts_of_a_step_add_up(make_peft, small):
+    progress = Trainer(make_peft(), replace(small, rows=2, micro_rows=1, max_steps=1)).train(copying_rows(1))
+    assert len(progress) == 1 and progress[0].gradient_norm > 0
+
+
+def test_the_schedule_ends_when_the_time_is_over(make_peft, small):
+    assert Trainer(make_peft(), replace(small, max_seconds=1e-9)).train(copying_rows(1)) == []
+
+
+def test_a_seed_gives_the_same_rows_again(stream):
+    once, again = (list(islice(iter(stream), 2)) for _ in range(2))
+    assert all((a.ids == b.ids).all() for a, b in zip(once, again, strict=True))
+
+
+def test_the_command_trains_scores_and_leaves_out_what_is_evaluated(tmp_path, files, tiny_model, small, capsys):
+    out = tmp_path / "out"
+    flags = "--rank 2 --max-steps 1 --rows 1 --micro-rows 1 --row-tokens 4096 --num-workers 0 --human-per-context 1"
+    paths = ["--base", tiny_model, "--passages", files["passages"], "--human", files["human"]]
+    earlier = tmp_path / "earlier.safetensors"
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    save_adapter(add_adapter(base, small), earlier, small.scale)
+    main(
+        [
+            *map(str, paths),
+            "--evaluate",
+            str(files["evaluation"]),
+            "--out",
+            str(out),
+            "--compare",
+            str(earlier),
+            *flags.split(),
+        ]
+    )
+    printed = capsys.readouterr().out
+    assert "16 passages (1 dropped)" in printed and "new minus" in printed
+    scores = json.loads((out / "scores.json").read_text())["scores"]
+    assert {name.rpartition("/")[2] for name in scores} == {"None", "earlier.safetensors", "adapter.safetensors"}
+    assert scores["None"]["evaluation"]["groups"]["all"][0] == 1
+    assert load_file(out / "adapter.safetensors")["0.q.A"].shape[0] == 2
