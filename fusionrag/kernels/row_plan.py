@@ -100,9 +100,9 @@ def plan_rows(
     plan = RowPlan(positions, slots, requests, window, dtype, group)
     if not (requests and takes("rows_attention", device, dtype, head_dim=head_dim)):
         return plan
-    most_pairs = max(r.num_rows for r in requests) * group
-    is_hopper = most_pairs > MANY_PAIRS and rows_attention_hopper.takes(device, dtype, head_dim, window)
-    shape = HOPPER if is_hopper else choose_shape(most_pairs, head_dim, dtype, has_wgmma(device))
+    num_pairs = [r.num_rows * group for r in requests]
+    is_hopper = rows_attention_hopper.takes(device, dtype, head_dim, window) and _fills(num_pairs, num_kv_heads, device)
+    shape = HOPPER if is_hopper else choose_shape(max(num_pairs), head_dim, dtype, has_wgmma(device))
     tiles = _tiles(requests, group, shape.block_m)
     num_keys = max(r.span_length for r in requests)
     num_splits = 1 if is_hopper else _num_splits(len(tiles) * num_kv_heads, min(num_keys, window or num_keys), device)
@@ -113,7 +113,6 @@ def plan_rows(
 
 # Measured on an H100 with 28 query heads over 4, bf16 (`bench kernels`); shared memory of all is below 163 KiB (A100).
 HOPPER = TileShape(rows_attention_hopper.BLOCK_M, 64, 8, 3)  # block_n and the rest for the kernel that takes its place
-MANY_PAIRS = 2048  # of a request: fewer do not fill the device without being split over keys
 MAX_SPLITS = 32
 MIN_KEYS_PER_SPLIT = 256
 PROGRAMS_PER_PROCESSOR = 2
@@ -132,10 +131,20 @@ def choose_shape(num_pairs: int, head_dim: int, dtype: torch.dtype, has_wgmma: b
     return TileShape(64, 64, 4, 3)
 
 
+def _fills(num_pairs: list[int], num_kv_heads: int, device: torch.device) -> bool:
+    """Whether tiles of the Hopper kernel, which does not split keys, give every multiprocessor work, half full."""
+    num_tiles = sum(-(-n // HOPPER.block_m) for n in num_pairs)
+    return num_tiles * num_kv_heads >= _num_processors(device) and 2 * sum(num_pairs) >= num_tiles * HOPPER.block_m
+
+
+def _num_processors(device: torch.device) -> int:
+    """Multiprocessors of the GPU; elsewhere a few, so that tests on a CPU meet every case."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
 def _num_splits(num_programs: int, num_keys: int, device: torch.device) -> int:
     """Enough parts to give every multiprocessor work, none so small that joining them would cost more."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    wanted = PROGRAMS_PER_PROCESSOR * processors // num_programs
+    wanted = PROGRAMS_PER_PROCESSOR * _num_processors(device) // num_programs
     return max(1, min(wanted, num_keys // MIN_KEYS_PER_SPLIT, MAX_SPLITS))
 
 

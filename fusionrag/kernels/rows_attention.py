@@ -36,7 +36,8 @@ def rows_attention(
     """
     if plan.tiles is None or not takes("rows_attention", queries.device, queries.dtype, keys.dtype, values.dtype):
         return rows_attention_reference(queries, keys, values, plan, scaling, out, lse)
-    assert scaling > 0 and queries.stride(2) == keys.stride(2) == values.stride(2) == 1
+    assert scaling > 0 and queries.dtype == keys.dtype == values.dtype
+    assert queries.stride(2) == keys.stride(2) == values.stride(2) == 1
     out = queries.new_empty(queries.shape) if out is None else out
     _launch(queries, keys, values, plan, scaling, out, lse)
     return out

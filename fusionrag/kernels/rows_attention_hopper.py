@@ -1,9 +1,8 @@
 """Rows attention of many rows on Hopper GPUs: the tiles and the result of `rows_attention`, other machinery.
 
 One program is three groups of warps. The producer, one warp, has the copy engine bring keys and values into a ring of
-shared memory; two consumers, four warps each, take the upper and the lower half of the tile's rows. A consumer starts
-the product of its queries with the next keys before the last weights have met their values, so that the matrix units
-work while it is busy with the softmax; and while one consumer is, the other one has its products run.
+shared memory; two consumers, four warps each, take the upper and the lower half of the tile's rows. While one consumer
+is busy with the softmax, the other one has its products run on the matrix units.
 
 Written in Gluon, Triton's lower level, in which a program says where each number lives. Where this one cannot run
 (other GPUs, fp32, windows, few rows, head sizes other than 64 and 128) `rows_attention` has its own kernel.
@@ -103,7 +102,7 @@ def _weigh(
 
 @jit_with(gluon)
 def _step(
-    block, queries, keys, values, key_full, key_free, value_full, value_free, pin, acc, weights, top, total, own, scale,
+    block, queries, keys, values, key_full, key_free, value_full, value_free, acc, weights, top, total, own, scale,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, IS_MASKED: gl.constexpr,
 ):  # fmt: skip
     """Scores of this block, while the weights of the one before meet its values."""
@@ -116,11 +115,12 @@ def _step(
     mbarrier.wait(value_full.index(before), ((block - 1) // STAGES) & 1)
     pending_acc = warpgroup_mma(weights, values.index(before), acc, is_async=True)
     scores = warpgroup_mma_wait(1, deps=(pending_scores,))
+    barrier()  # all warps have read the keys
     mbarrier.arrive(key_free.index(stage), count=1)
     fresh, top, total, kept = _weigh(scores, top, total, own, block * BLOCK_N, scale, BLOCK_N, score_layout, IS_MASKED)
     fresh = gl.convert_layout(fresh.to(weights.dtype), weights.type.layout)
-    pin.store(total)  # else the assembler moves the wait in front of the softmax, and nothing overlaps
-    barrier()
+    # ptxas moves this wait in front of the softmax, so only the other consumer's products overlap with it. A store of
+    # `total` to shared memory and a barrier before the wait keep it here; whether that pays has not been measured.
     acc, weights, fresh = warpgroup_mma_wait(0, deps=(pending_acc, weights, fresh))
     barrier()  # all warps have read the values
     mbarrier.arrive(value_free.index(before), count=1)
@@ -130,7 +130,7 @@ def _step(
 
 @jit_with(gluon)
 def _consume(
-    queries, keys, values, key_full, key_free, value_full, value_free, pin, out, lse, positions,
+    queries, keys, values, key_full, key_free, value_full, value_free, out, lse, positions,
     first_row, stop_row, first_pair, kv_head, num_heads, stride_or, stride_oh, scale, num_full, num_blocks, last,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_LSE: gl.constexpr,
     OFFSET: gl.constexpr,
@@ -142,7 +142,7 @@ def _consume(
     row_layout: gl.constexpr = gl.SliceLayout(1, score_layout)
     half: gl.constexpr = queries.shape[0] // 2
     kind: gl.constexpr = queries.dtype
-    queries, pin = queries.slice(OFFSET, half), pin.slice(OFFSET, half)
+    queries = queries.slice(OFFSET, half)
     pairs = first_pair + OFFSET + gl.arange(0, half, layout=row_layout)
     rows = first_row + pairs // GROUP
     own = gl.load(positions + rows, mask=rows < stop_row, other=0).to(gl.int32)
@@ -154,17 +154,18 @@ def _consume(
     zeros = gl.zeros([half, BLOCK_N], gl.float32, layout=score_layout)
     scores = warpgroup_mma(queries, keys.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(0, deps=(scores,))
+    barrier()
     mbarrier.arrive(key_free.index(0), count=1)
     weights, top, total, _ = _weigh(scores, top, total, own, 0, scale, BLOCK_N, score_layout, True)
     weights = gl.convert_layout(weights.to(kind), weight_layout)
     for block in range(1, num_full):
         acc, weights, top, total = _step(
-            block, queries, keys, values, key_full, key_free, value_full, value_free, pin, acc, weights, top, total,
+            block, queries, keys, values, key_full, key_free, value_full, value_free, acc, weights, top, total,
             own, scale, BLOCK_N, STAGES, False,
         )  # fmt: skip
     for block in range(gl.maximum(num_full, 1), num_blocks):
         acc, weights, top, total = _step(
-            block, queries, keys, values, key_full, key_free, value_full, value_free, pin, acc, weights, top, total,
+            block, queries, keys, values, key_full, key_free, value_full, value_free, acc, weights, top, total,
             own, scale, BLOCK_N, STAGES, True,
         )  # fmt: skip
 
@@ -229,7 +230,6 @@ def _attend_kernel(
     )
     keys = gl.allocate_shared_memory(kind, [STAGES, BLOCK_N, HEAD_DIM], key_table.layout)
     values = gl.allocate_shared_memory(kind, [STAGES, BLOCK_N, HEAD_DIM], value_table.layout)
-    pin = gl.allocate_shared_memory(gl.float32, [BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     key_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     value_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -253,12 +253,12 @@ def _attend_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                tile_queries, keys, values, key_full, key_free, value_full, value_free, pin, out, lse, positions,
+                tile_queries, keys, values, key_full, key_free, value_full, value_free, out, lse, positions,
                 first_row, stop_row, first_pair, kv_head, num_kv_heads * GROUP, stride_or, stride_oh, scale,
                 num_full, num_blocks, last, GROUP, HEAD_DIM, BLOCK_N, STAGES, HAS_LSE, 0,
             )),
             (_consume, (
-                tile_queries, keys, values, key_full, key_free, value_full, value_free, pin, out, lse, positions,
+                tile_queries, keys, values, key_full, key_free, value_full, value_free, out, lse, positions,
                 first_row, stop_row, first_pair, kv_head, num_kv_heads * GROUP, stride_or, stride_oh, scale,
                 num_full, num_blocks, last, GROUP, HEAD_DIM, BLOCK_N, STAGES, HAS_LSE, BLOCK_M // 2,
             )),

@@ -66,7 +66,7 @@ def compile_instead_of_launching(capability: int) -> list[tuple[str, Any]]:
     triton.runtime.driver.set_active(Target(capability))
     for module in (importance, load, prepare_rows, row_plan, rows_attention, swiglu):
         module.takes = lambda *_, **__: True
-    row_plan.MANY_PAIRS, row_plan.has_wgmma = 512, lambda _: capability == 90
+    row_plan.has_wgmma = lambda _: capability == 90
     rows_attention_hopper.takes = lambda _, dtype, head_dim, window: (
         capability == 90 and dtype.itemsize == 2 and head_dim in rows_attention_hopper.STAGES and window is None
     )
