@@ -26,6 +26,7 @@ from fusionrag.model import LanguageModel
 from fusionrag.types import KVSource, PromptPlan, RequestStats
 
 MARGIN = 0.1
+RETRY_AFTER = 32  # requests in a row that did not go as asked; the next does, for rates that nobody tries never mend
 _NUM_RECENT = 5  # requests whose median is a rate
 _MIN_ROWS = {"cpu": 128, "cuda": 512}  # of a pass whose time is that of its FLOPs, not that of reading the weights
 _PURE = 0.9  # share of the tokens that must come from one tier for the time to be that tier's
@@ -75,6 +76,7 @@ class Router:
         self._shortest_ms = _Recent()  # of recompute passes of few rows
         self._probe = _Recent()  # FLOP/s of the tail's rows
         self._bring: dict[KVSource, _Recent] = {}  # milliseconds a token
+        self._num_diverted = 0  # requests in a row
 
     def choose(
         self,
@@ -99,7 +101,9 @@ class Router:
             if rest is not None:
                 predicted[Way.PREFIX] = rest + token_ms * first.num_tokens
         best = min(predicted, key=lambda way: predicted[way])
-        return Route(best if predicted[best] < (1 - MARGIN) * reuse else Way.REUSE, predicted)
+        is_diverted = predicted[best] < (1 - MARGIN) * reuse and self._num_diverted < RETRY_AFTER
+        self._num_diverted = self._num_diverted + 1 if is_diverted else 0
+        return Route(best if is_diverted else Way.REUSE, predicted)
 
     def _reuse_ms(self, plan: PromptPlan, sources: Sequence[KVSource | None], ratio: float) -> float | None:
         num_reused = num_missing = 0

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fusionrag.cost import PrefillClock
 from fusionrag.prompt import PromptBuilder
-from fusionrag.router import AS_ASKED, MARGIN, Router, Way
+from fusionrag.router import AS_ASKED, MARGIN, RETRY_AFTER, Router, Way
 from fusionrag.sampling import SamplingParams
 from fusionrag.store import MemoryStore
 from fusionrag.store.base import StoredHit
@@ -266,3 +266,12 @@ def test_a_request_goes_as_asked_where_the_operator_wants_that(distant):
 def test_full_prefill_that_was_asked_for_is_called_so(reuse, bench):
     stats = bench.prefill(bench.plan(bench.chunks(9)), bench.engine(route="auto"), **reuse).stats
     assert (stats.way, stats.predicted_ms) == ("full", None)
+
+
+def test_a_way_that_was_left_is_tried_again_now_and_then(router, plan):
+    """Else a rate seen in a bad hour would send everything another way for ever."""
+    for _ in range(5):
+        router.observe(plan, seen(plan, HOST, DISK, DISK, load_ms=1e6))
+        router.observe(plan, seen(plan, DISK, DISK, DISK, load_ms=1e6))
+    ways = [router.choose(plan, [DISK] * 3, 0.2).way for _ in range(2 * RETRY_AFTER + 2)]
+    assert ways.count(Way.REUSE) == 2 and ways[RETRY_AFTER] is ways[-1] is Way.REUSE
