@@ -78,13 +78,13 @@ def test_deleting_by_file_folder_or_record_removes_text_and_kv(preprocessed, doc
     notes.mkdir()
     for name in ("a.txt", "b.txt"):
         (notes / name).write_text(f"The {name} note is about nothing at all.")
-    assert preprocessed("ingest", notes) == 0 and len(files(preprocessed)) == 12
+    assert preprocessed("ingest", notes) == 0 and len(files(preprocessed)) == 18
     for path in notes.iterdir():
         path.unlink()  # gone from the disk, not from the collection
     capsys.readouterr()
     assert delete(preprocessed, notes / "a.txt", f"{documents}#2") == 0
     assert "2 documents with 2 chunks deleted" in capsys.readouterr().out
-    assert len(files(preprocessed)) < 12
+    assert len(files(preprocessed)) < 18
     assert delete(preprocessed, notes, documents) == 0
     assert "6 documents with 6 chunks deleted" in capsys.readouterr().out
     assert files(preprocessed) == {}
@@ -104,7 +104,7 @@ def test_a_delete_that_names_one_unknown_path_deletes_nothing(preprocessed, docu
     for wrong in ([documents, "elsewhere.txt"], [], ["--all", documents]):
         assert delete(preprocessed, *wrong) == 2
     assert "'elsewhere.txt'" in capsys.readouterr().err
-    assert len(files(preprocessed)) == 12
+    assert len(files(preprocessed)) == 18
 
 
 def test_an_upload_is_not_deleted_behind_the_servers_back(shell, documents, capsys):
@@ -122,12 +122,12 @@ def test_kv_that_nobody_booked_is_swept_once_its_chunk_has_left(preprocessed, do
         catalogue.forget_kv([o.digest for o in catalogue.kv_objects("default")])
     assert preprocessed("preprocess", "--num-related", 2) == 0  # books them again
     before = files(preprocessed)
-    assert len(before) == 12
+    assert len(before) == 18
     with Catalogue(DataDir(preprocessed.data_dir).catalogue) as catalogue:
         catalogue.forget_kv([o.digest for o in catalogue.kv_objects("default")])
     assert delete(preprocessed, f"{documents}#1") == 0
     left = files(preprocessed)
-    assert len(left) == 10 and left.items() <= before.items()
+    assert len(left) == 15 and left.items() <= before.items()
 
 
 def test_killing_preprocess_anywhere_loses_nothing_and_computes_nothing_twice(shell, documents):
