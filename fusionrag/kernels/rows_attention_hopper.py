@@ -33,8 +33,7 @@ try:
 except (ImportError, AttributeError):  # no Triton, or one whose experimental parts are others
     gluon = gl = None
 
-# off by default: an earlier form of it was measured on an H100, this one has been compiled for it but never run there
-IS_ASKED_FOR = os.environ.get("FUSIONRAG_HOPPER_KERNEL") == "1"
+IS_WANTED = os.environ.get("FUSIONRAG_HOPPER_KERNEL") != "0"  # 0: a way out, should a Triton to come misread it
 BLOCK_M, BLOCK_N = 128, 128
 HALF_M = BLOCK_M // 2  # rows of one consumer: what one matrix instruction takes
 STAGES = {64: 3, 128: 2}  # of the ring, by head size: what shared memory holds
@@ -43,7 +42,7 @@ CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24  # of a thread, of the 65,536 t
 
 def takes(device: torch.device, dtype: torch.dtype, head_dim: int, window: int | None) -> bool:
     """Whether `attend` runs for a plan of these."""
-    can_run = IS_ASKED_FOR and gluon is not None and not INTERPRETED and has_wgmma(device)
+    can_run = IS_WANTED and gluon is not None and not INTERPRETED and has_wgmma(device)
     return can_run and dtype in (torch.bfloat16, torch.float16) and head_dim in STAGES and window is None
 
 
