@@ -10,7 +10,10 @@ Written in Gluon, Triton's lower level, in which a program says where each numbe
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,18 +36,52 @@ try:
 except (ImportError, AttributeError):  # no Triton, or one whose experimental parts are others
     gluon = gl = None
 
-# off by default: an earlier form of it was measured on an H100, this one has been compiled for it but never run there
-IS_ASKED_FOR = os.environ.get("FUSIONRAG_HOPPER_KERNEL") == "1"
+log = logging.getLogger(__name__)
+IS_WANTED = os.environ.get("FUSIONRAG_HOPPER_KERNEL") != "0"  # 0: a way out, should a Triton to come misread it
 BLOCK_M, BLOCK_N = 128, 128
 HALF_M = BLOCK_M // 2  # rows of one consumer: what one matrix instruction takes
 STAGES = {64: 3, 128: 2}  # of the ring, by head size: what shared memory holds
+TOLERANCE = 0.05  # of averages of numbers of size 1 in half precision; a wrong mask or order is off by much more
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24  # of a thread, of the 65,536 that a multiprocessor has
 
 
 def takes(device: torch.device, dtype: torch.dtype, head_dim: int, window: int | None) -> bool:
     """Whether `attend` runs for a plan of these."""
-    can_run = IS_ASKED_FOR and gluon is not None and not INTERPRETED and has_wgmma(device)
-    return can_run and dtype in (torch.bfloat16, torch.float16) and head_dim in STAGES and window is None
+    can_run = IS_WANTED and gluon is not None and not INTERPRETED and has_wgmma(device)
+    fits = dtype in (torch.bfloat16, torch.float16) and head_dim in STAGES and window is None
+    return can_run and fits and _works(device, dtype, head_dim)
+
+
+@cache
+def _works(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Tried once: Gluon is experimental, and another Triton may read it otherwise."""
+    wrong = try_out(attend, device, dtype, head_dim)
+    if wrong:
+        log.warning("the Hopper kernel of rows attention is left out, the slower one serves: %s", wrong)
+    return not wrong
+
+
+def try_out(function: Callable[..., None], device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """What is wrong with `function`, which has the arguments of `attend`; empty if it is right on a small case."""
+    draw, num_keys, num_before = torch.Generator().manual_seed(0), 700, 5
+    positions = torch.arange(3, num_keys, 3)
+    rows = len(positions)
+    sizes = (rows, 6), (2, num_before + num_keys), (2, num_before + num_keys)
+    queries, keys, values = (torch.randn(*size, head_dim, generator=draw).to(device, dtype) for size in sizes)
+    tiles = torch.tensor([[0, rows, pair] for pair in range(0, 3 * rows, BLOCK_M)], dtype=torch.int32)
+    on_device = [x.to(device) for x in (positions, positions + num_before, tiles)]
+    seen = torch.arange(num_before + num_keys) - num_before <= positions[:, None]
+    seen[:, :num_before] = False
+    scores = queries.transpose(0, 1).float() @ keys.float().repeat_interleave(3, 0).transpose(1, 2) * head_dim**-0.5
+    weights = scores.masked_fill_(~seen.to(device), float("-inf")).softmax(-1)
+    expected = (weights @ values.float().repeat_interleave(3, 0)).transpose(0, 1)
+    out = torch.zeros_like(queries)
+    try:
+        function(queries, keys, values, *on_device, head_dim**-0.5, out, None)
+    except Exception as error:  # whatever a compiler raises for a language that it does not know
+        return f"it does not run here ({type(error).__name__}: {str(error).partition(chr(10))[0][:200]})"
+    worst = float((out.float() - expected).abs().max())
+    return "" if worst <= TOLERANCE else f"it differs from plain torch by {worst:.3g}"
 
 
 def takes_layout(keys: torch.Tensor, values: torch.Tensor) -> bool:

@@ -26,9 +26,11 @@ from fusionrag.kernels import (
     importance,
     load,
     prepare_rows,
+    residual,
     row_plan,
     rows_attention,
     rows_attention_hopper,
+    shift,
     swiglu,
 )
 from fusionrag.kernels.row_plan import RequestRows, plan_rows
@@ -64,7 +66,7 @@ def compile_instead_of_launching(capability: int) -> list[tuple[str, Any]]:
 
     JITFunction.run = run
     triton.runtime.driver.set_active(Target(capability))
-    for module in (importance, load, prepare_rows, row_plan, rows_attention, swiglu):
+    for module in (importance, load, prepare_rows, residual, row_plan, rows_attention, shift, swiglu):
         module.takes = lambda *_, **__: True
     row_plan.has_wgmma = lambda _: capability == 90
     rows_attention_hopper.takes = lambda _, dtype, head_dim, window: (
@@ -92,6 +94,14 @@ def prepare(head_dim: int, rotary_dim: int, dtype: torch.dtype) -> None:
     prepare_rows.prepare_rows_(queries, keys, keys, cos, cos, torch.arange(40), arena, arena)
 
 
+def correct(head_dim: int, rotary_dim: int, dtype: torch.dtype) -> None:
+    """Mean residuals of chunks, and their sum into the arena."""
+    fresh, arena = torch.empty(2, 40, head_dim, dtype=dtype), torch.empty(2, 2048, head_dim, dtype=dtype)
+    cos, bounds = torch.empty(40, rotary_dim // 2), torch.zeros(4, dtype=torch.int64)
+    shifts = residual.mean_residual(fresh, fresh, arena, arena, torch.arange(40), bounds, cos, cos, 1.0)
+    shift.shift_(arena, arena, 0, torch.zeros(40, dtype=torch.int64), *shifts, cos, cos)
+
+
 def load_all(head_dim: int, rotary_dim: int, dtype: torch.dtype) -> None:
     arena, table = torch.empty(4, 2, 2048, head_dim, dtype=dtype), torch.zeros(2, 6, dtype=torch.int64)
     for codec in ("none", "float16", "int8", "int4"):
@@ -110,8 +120,16 @@ def compile_all() -> None:
     attend(300, 64, torch.float32)
     for head_dim, rotary_dim in ((128, 128), (80, 32)):
         prepare(head_dim, rotary_dim, torch.bfloat16)
+        correct(head_dim, rotary_dim, torch.bfloat16)
         load_all(head_dim, rotary_dim, torch.bfloat16)
     swiglu.silu_mul(torch.empty(4, 8192, dtype=torch.bfloat16), torch.empty(4, 8192, dtype=torch.bfloat16))
+
+
+def all_kernels(capability: int) -> set[str]:
+    """The names of everything in `fusionrag.kernels` that is launched on this GPU."""
+    folder = Path(backend.__file__).parent
+    files = [f for f in folder.glob("*.py") if capability == 90 or not f.stem.endswith("_hopper")]
+    return {name for f in files for name in re.findall(r"^def (\w+_kernel)\(", f.read_text(), re.MULTILINE)}
 
 
 def resources(ptx: str) -> tuple[int, int]:
@@ -133,6 +151,9 @@ def main() -> int:
     capability, status, seen = int(sys.argv[1]), 0, set()
     compiled = compile_instead_of_launching(capability)
     compile_all()
+    if missing := all_kernels(capability) - {name for name, _ in compiled}:
+        sys.stdout.write(f"FAIL {', '.join(sorted(missing))}: not compiled by this script\n")
+        status = 1
     for name, kernel in compiled:
         if kernel.hash in seen:
             continue
