@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from fusionrag.default_model import merge_adapter_
+from fusionrag.default_model import base_model_dir, merge_adapter_
 from scripts.evaluation.datasets import Example, load_dataset
 from scripts.options import add_config_flags, build
 from scripts.reader.adapter import add_adapter, load_adapter_, save_adapter
@@ -35,7 +35,9 @@ from scripts.reader.training import Trainer, plot_loss
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="train_reader", description=__doc__)
-    parser.add_argument("--base", type=Path, required=True, help="directory of the model without an adapter")
+    parser.add_argument(
+        "--base", type=Path, help="directory of the model without an adapter (default: the packaged one)"
+    )
     parser.add_argument("--passages", type=Path, required=True, help="JSON: [{title, text}]")
     parser.add_argument("--human", type=Path, required=True, help="JSON: [{question, answers, gold: [{title, text}]}]")
     parser.add_argument("--evaluate", type=Path, nargs="*", default=[], help="files to score on, never to train on")
@@ -68,6 +70,7 @@ class Material:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
+    args.base = args.base or base_model_dir()
     args.out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     config, adapter = build(TrainingConfig, args), args.out / "adapter.safetensors"
@@ -123,10 +126,10 @@ def train(args: argparse.Namespace, config: TrainingConfig, composer: Composer, 
     if args.start_from:
         load_adapter_(model, args.start_from, config.scale)
     trainer = Trainer(model, config)
-    trainer.warm_up(first)
-    history = trainer.train(rows, args.out / "log.jsonl")
+    if config.max_steps:
+        trainer.warm_up(first)
+        plot_loss(trainer.train(rows, args.out / "log.jsonl"), args.out / "loss.png")
     save_adapter(model, adapter, config.scale)
-    plot_loss(history, args.out / "loss.png")
     if cuda:
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB", flush=True)
 

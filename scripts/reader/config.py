@@ -36,7 +36,7 @@ class TrainingConfig:
     scale: float = knob(2.0, "what B·A is multiplied by: alpha divided by rank")
     learning_rate: float = knob(1e-3, "peak learning rate of the low-rank matrices")
     norm_learning_rate: float = knob(1e-4, "peak learning rate of the norms")
-    max_steps: int = knob(3000, "optimizer steps")
+    max_steps: int = knob(3000, "optimizer steps; 0 trains nothing and only scores")
     max_seconds: float = knob(1200.0, "the schedule also ends when this much time has passed")
     warmup: float = knob(0.03, "share of the schedule over which the learning rate rises")
     final: float = knob(0.03, "share of the peak learning rate that is left at the end")
