@@ -45,13 +45,23 @@ def cache_dir() -> Path:
 
 def default_model_dir() -> Path:
     """The converted model's directory; converts on first use (about 30 s). Raises ModelNotFound with the remedy."""
+    return _converted(ALIAS, ADAPTER)
+
+
+def base_model_dir() -> Path:
+    """As `default_model_dir`, without the adapter: what an adapter is trained on."""
+    return _converted("smollm2-base", None)
+
+
+def _converted(name: str, adapter: Path | None) -> Path:
     gguf = _packaged_gguf()
     key = hashlib.sha256(f"{CONVERSION_VERSION}:{gguf.name}:{gguf.stat().st_size}".encode())
-    key.update(ADAPTER.read_bytes())
-    target = cache_dir() / "models" / f"{ALIAS}-{key.hexdigest()[:12]}"
+    if adapter:
+        key.update(adapter.read_bytes())
+    target = cache_dir() / "models" / f"{name}-{key.hexdigest()[:12]}"
     if not (target / "config.json").exists():
         log.info("converting %s once, into %s", gguf.name, target)
-        _convert(gguf, target)
+        _convert(gguf, adapter, target)
     return target
 
 
@@ -67,13 +77,14 @@ def _packaged_gguf() -> Path:
     return files[0]
 
 
-def _convert(gguf: Path, target: Path) -> None:
-    """De-quantises, merges the adapter and saves; a crash leaves nothing behind that looks finished."""
+def _convert(gguf: Path, adapter: Path | None, target: Path) -> None:
+    """De-quantises, merges an adapter if given one, and saves; a crash leaves nothing behind that looks finished."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     weights = quantised.state_dict()
-    merge_adapter_(weights, load_file(ADAPTER))
+    if adapter:
+        merge_adapter_(weights, load_file(adapter))
     config = quantised.config
     del config.quantization_config  # the weights are plain fp32 from here on
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]

@@ -10,54 +10,76 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from fusionrag.default_model import merge_adapter_
+from fusionrag.default_model import base_model_dir, merge_adapter_
 from scripts.evaluation.datasets import Example, load_dataset
 from scripts.options import add_config_flags, build
 from scripts.reader.adapter import add_adapter, load_adapter_, save_adapter
 from scripts.reader.config import ContextConfig, TrainingConfig
-from scripts.reader.contexts import Composer
-from scripts.reader.corpus import Corpus, build_corpus
+from scripts.reader.contexts import Composer, Context
+from scripts.reader.corpus import build_corpus
 from scripts.reader.encoding import Encoder
-from scripts.reader.holdout import Holdout, exclude
+from scripts.reader.holdout import Holdout, exclude, set_aside
 from scripts.reader.passages import read_human_questions, read_passages
-from scripts.reader.scoring import Answered, answer_all, by_type, differences
+from scripts.reader.scoring import Answered, answer_all, by_type, differences, predicted_by_kind
 from scripts.reader.stream import load_rows
 from scripts.reader.training import Trainer, plot_loss
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="train_reader", description=__doc__)
-    parser.add_argument("--base", type=Path, required=True, help="directory of the model without an adapter")
+    parser.add_argument(
+        "--base", type=Path, help="directory of the model without an adapter (default: the packaged one)"
+    )
     parser.add_argument("--passages", type=Path, required=True, help="JSON: [{title, text}]")
     parser.add_argument("--human", type=Path, required=True, help="JSON: [{question, answers, gold: [{title, text}]}]")
     parser.add_argument("--evaluate", type=Path, nargs="*", default=[], help="files to score on, never to train on")
     parser.add_argument("--hold-out", type=Path, nargs="*", default=[], help="more files never to train on")
     parser.add_argument("--start-from", type=Path, help="adapter to go on from, instead of a new one")
     parser.add_argument("--compare", type=Path, nargs="*", default=[], help="other adapters to score beside")
+    parser.add_argument("--validation-share", type=float, default=0.03, help="of the names, never trained on")
+    parser.add_argument("--validation-contexts", type=int, default=60, help="made of those to score on; 0 for none")
     parser.add_argument("--out", type=Path, required=True, help="directory for what is written")
     add_config_flags(parser, TrainingConfig, ContextConfig)
     return parser.parse_args(argv)
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What a model answers to each evaluation file, and how many held-out answers it predicts, by kind of question."""
+
+    answered: dict[str, list[Answered]]
+    held_out: dict[str, tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Material:
+    """What is trained on, and what is not."""
+
+    training: Composer
+    validation: list[Context]
+    examples: dict[str, list[Example]]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
+    args.base = args.base or base_model_dir()
     args.out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     config, adapter = build(TrainingConfig, args), args.out / "adapter.safetensors"
-    examples = {path.stem: load_dataset(path) for path in args.evaluate}
-    composer = Composer(prepare(args, examples), build(ContextConfig, args))
-    train(args, config, composer, adapter)
+    material = prepare(args)
+    train(args, config, material.training, adapter)
     print(f"adapter after {time.perf_counter() - began:.0f} s")
-    scores = {path: score(args.base, path, examples) for path in [None, *args.compare, adapter]}
+    scores = {path: score(args.base, path, material) for path in [None, *args.compare, adapter]}
     for path in args.compare:
-        _print_differences(f"new minus {path}", scores[adapter], scores[path])
+        _print_differences(f"new minus {path}", scores[adapter].answered, scores[path].answered)
     report = {
         "args": {name: str(value) for name, value in vars(args).items()},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -68,21 +90,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"done after {time.perf_counter() - began:.0f} s")
 
 
-def prepare(args: argparse.Namespace, examples: dict[str, list[Example]]) -> Corpus:
-    """The corpus, without what the evaluation files ask about."""
+def prepare(args: argparse.Namespace) -> Material:
+    """Training material without what the evaluation files ask about, and contexts of passages that are set aside."""
+    examples = {path.stem: load_dataset(path) for path in args.evaluate}
     held_out = [e for found in examples.values() for e in found]
     held_out += [e for path in args.hold_out for e in load_dataset(path)]
     passages, human, dropped = exclude(
         read_passages(args.passages), read_human_questions(args.human), Holdout(held_out)
     )
-    corpus = build_corpus(passages, human)
+    training, validation = set_aside(passages, human, args.validation_share)
+    corpus, config = build_corpus(*training), build(ContextConfig, args)
+    contexts: list[Context] = []
+    if args.validation_contexts:
+        composer, rng = Composer(build_corpus(*validation), config), Random(0)
+        contexts = [composer.compose(rng) for _ in range(args.validation_contexts)]
     print(
         f"{len(passages)} passages ({dropped.passages} dropped), {len(human)} human questions "
         f"({dropped.human_questions} dropped), {len(corpus.with_facts)} passages with facts, "
         f"{len(corpus.links)} links, {len(corpus.sources)} sources and {len(corpus.people)} people for other ones",
         flush=True,
     )
-    return corpus
+    return Material(Composer(corpus, config), contexts, examples)
 
 
 def train(args: argparse.Namespace, config: TrainingConfig, composer: Composer, adapter: Path) -> None:
@@ -98,16 +126,16 @@ def train(args: argparse.Namespace, config: TrainingConfig, composer: Composer, 
     if args.start_from:
         load_adapter_(model, args.start_from, config.scale)
     trainer = Trainer(model, config)
-    trainer.warm_up(first)
-    history = trainer.train(rows, args.out / "log.jsonl")
+    if config.max_steps:
+        trainer.warm_up(first)
+        plot_loss(trainer.train(rows, args.out / "log.jsonl"), args.out / "loss.png")
     save_adapter(model, adapter, config.scale)
-    plot_loss(history, args.out / "loss.png")
     if cuda:
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB", flush=True)
 
 
-def score(base: Path, adapter: Path | None, examples: dict[str, list[Example]]) -> dict[str, list[Answered]]:
-    """What the model answers to each file's questions; an adapter is merged as the server merges it."""
+def score(base: Path, adapter: Path | None, material: Material) -> Scores:
+    """Full prefill on every file; an adapter is merged as the server merges it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -117,12 +145,14 @@ def score(base: Path, adapter: Path | None, examples: dict[str, list[Example]]) 
         model.load_state_dict(weights)
     if torch.cuda.is_available():
         model = model.to("cuda", torch.bfloat16)
-    tokenizer, found = AutoTokenizer.from_pretrained(base), {}
-    for name, wanted in examples.items():
-        found[name] = answer_all(model.eval(), tokenizer, wanted)
-        groups = by_type(found[name]).items()
+    tokenizer, answered = AutoTokenizer.from_pretrained(base), {}
+    for name, wanted in material.examples.items():
+        answered[name] = answer_all(model.eval(), tokenizer, wanted)
+        groups = by_type(answered[name]).items()
         print(adapter or "base", name, *(f"{kind}: {f1:.1f} ({n})" for kind, (n, f1, _) in groups), flush=True)
-    return found
+    held_out = predicted_by_kind(model.eval(), tokenizer, material.validation)
+    print(adapter or "base", "held out", *(f"{k}: {right:.1f} ({n})" for k, (n, right) in held_out.items()), flush=True)
+    return Scores(answered, held_out)
 
 
 def _print_differences(title: str, new: dict[str, list[Answered]], old: dict[str, list[Answered]]) -> None:
@@ -131,11 +161,12 @@ def _print_differences(title: str, new: dict[str, list[Answered]], old: dict[str
         print(title, name, *(f"{kind}: {d.mean:+.1f} [{d.low:.1f}, {d.high:.1f}]" for kind, d in kinds), flush=True)
 
 
-def _as_json(scores: dict[str, list[Answered]]) -> dict[str, Any]:
-    return {
+def _as_json(scores: Scores) -> dict[str, Any]:
+    files = {
         name: {"groups": by_type(answered), "answers": [[a.answer, round(100 * a.f1, 1)] for a in answered]}
-        for name, answered in scores.items()
+        for name, answered in scores.answered.items()
     }
+    return {**files, "held_out": scores.held_out}
 
 
 if __name__ == "__main__":

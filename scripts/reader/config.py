@@ -13,7 +13,8 @@ class ContextConfig:
 
     max_questions: int = knob(14, "most questions that hang off one context")
     human_per_context: float = knob(1.7, "human-written questions per context, on average")
-    counterfactual_share: float = knob(0.6, "share of passages whose years, people or answers are changed")
+    counterfactual_share: float = knob(0.6, "share of links and human questions whose people or answers are changed")
+    year_share: float = knob(1.0, "share of passages that are moved in time; below 1, dates can be learned by heart")
     plain_share: float = knob(0.04, "share of contexts in lower case and without titles")
     bridge_share: float = knob(0.29, "weight of two-hop questions")
     comparison_share: float = knob(0.45, "weight of comparisons")
@@ -23,6 +24,7 @@ class ContextConfig:
     def __post_init__(self) -> None:
         require(self.max_questions > 0, "max_questions", "must be positive")
         require(0 <= self.counterfactual_share <= 1, "counterfactual_share", "must be between 0 and 1")
+        require(0 <= self.year_share <= 1, "year_share", "must be between 0 and 1")
         require(0 <= self.plain_share <= 1, "plain_share", "must be between 0 and 1")
 
 
@@ -34,7 +36,7 @@ class TrainingConfig:
     scale: float = knob(2.0, "what B·A is multiplied by: alpha divided by rank")
     learning_rate: float = knob(1e-3, "peak learning rate of the low-rank matrices")
     norm_learning_rate: float = knob(1e-4, "peak learning rate of the norms")
-    max_steps: int = knob(3000, "optimizer steps")
+    max_steps: int = knob(3000, "optimizer steps; 0 trains nothing and only scores")
     max_seconds: float = knob(1200.0, "the schedule also ends when this much time has passed")
     warmup: float = knob(0.03, "share of the schedule over which the learning rate rises")
     final: float = knob(0.03, "share of the peak learning rate that is left at the end")

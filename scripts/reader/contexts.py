@@ -84,7 +84,7 @@ class Composer:
                 return as_plain(context) if rng.random() < self._config.plain_share else context
 
     def _add_human(self, scene: Scene, rng: Random) -> None:
-        wanted = self._config.human_per_context
+        wanted = self._config.human_per_context if self._corpus.human else 0.0
         for _ in range(int(wanted) + int(rng.random() < wanted % 1)):
             question = asked = rng.choice(self._corpus.human)
             if rng.random() < self._config.counterfactual_share:
@@ -116,7 +116,7 @@ class Composer:
             scene.links.append(Link(source, relation, target))
 
     def _maybe_moved(self, passage: Passage, rng: Random) -> Passage:
-        if rng.random() > self._config.counterfactual_share:
+        if rng.random() >= self._config.year_share:
             return passage
         return in_other_years(passage, year_offset(passage, rng))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from zlib import crc32
 
 from scripts.evaluation.datasets import Example
 from scripts.reader.passages import HumanQuestion, Passage
@@ -55,6 +56,21 @@ def exclude(
     kept = [p for p in passages if not holdout.holds_passage(p)]
     asked = [q for q in human if not holdout.holds_question(q)]
     return kept, asked, Excluded(len(passages) - len(kept), len(human) - len(asked))
+
+
+def set_aside(
+    passages: Sequence[Passage], human: Sequence[HumanQuestion], share: float
+) -> tuple[tuple[list[Passage], list[HumanQuestion]], tuple[list[Passage], list[HumanQuestion]]]:
+    """(for training, for validation), decided by a hash of a passage's name and of a question's first gold name."""
+
+    def aside(name: str) -> bool:
+        return crc32(name.lower().encode()) < share * 2**32
+
+    parts = []
+    for wanted in (False, True):
+        questions = [q for q in human if aside(q.gold[0].name) is wanted]
+        parts.append(([p for p in passages if aside(p.name) is wanted], questions))
+    return parts[0], parts[1]
 
 
 def _words(text: str) -> tuple[str, ...]:

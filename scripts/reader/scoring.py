@@ -14,6 +14,8 @@ import torch
 
 from scripts.evaluation.datasets import Example
 from scripts.evaluation.metrics import Interval, exact_match, f1_score, paired_bootstrap
+from scripts.reader.branches import Tree, dense_mask, pack
+from scripts.reader.contexts import Context
 from scripts.reader.encoding import Encoder
 
 MAX_ANSWER_TOKENS = 16
@@ -60,6 +62,29 @@ def answer_all(
         Answered(e, texts[i], f1_score(texts[i], e.answers), exact_match(texts[i], e.answers))
         for i, e in enumerate(examples)
     ]
+
+
+def predicted_by_kind(model: Any, tokenizer: Any, contexts: Sequence[Context]) -> dict[str, tuple[int, float]]:
+    """Kind of question → number, and percent of the answers that are `predicted`.
+
+    Of contexts that were not trained on: tells what was learned from what is known by heart, kind by kind.
+    """
+    encoder, found = Encoder(tokenizer), defaultdict(list)
+    for context in contexts:
+        for question, right in zip(context.questions, predicted(model, encoder.tree(context)), strict=True):
+            found[question.kind].append(float(right))
+    return {kind: (len(values), 100 * _mean(values)) for kind, values in sorted(found.items())}
+
+
+@torch.inference_mode()
+def predicted(model: Any, tree: Tree) -> list[bool]:
+    """For each branch, whether every token of its answer is the most likely one, given those before."""
+    rows = next(pack([tree], 1, len(tree))).to(model.device)
+    hidden = model.model(
+        input_ids=rows.ids, attention_mask=dense_mask(rows), position_ids=rows.positions, use_cache=False
+    ).last_hidden_state
+    right = model.lm_head(hidden[0, rows.predictors]).argmax(-1) == rows.targets
+    return [bool(tokens.all()) for tokens in right.split([len(branch.answer_ids) for branch in tree.branches])]
 
 
 def _batches(prompts: Sequence[tuple[int, ...]], max_batch_tokens: int) -> Iterator[list[int]]:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from random import Random
 
+import torch
+
 from fusionrag.config import PromptConfig
 from fusionrag.prompt import PromptBuilder, Turn
 from fusionrag.types import PromptChunk
 from scripts.evaluation.datasets import Example
 from scripts.evaluation.datasets import Passage as Shown
+from scripts.reader.branches import Branch, Tree
 from scripts.reader.config import ContextConfig
 from scripts.reader.contexts import Composer, Context, as_plain
 from scripts.reader.corpus import nearest
 from scripts.reader.encoding import Encoder
-from scripts.reader.holdout import Holdout, exclude
+from scripts.reader.holdout import Holdout, exclude, set_aside
 from scripts.reader.passages import HumanQuestion, Passage, Question
-from scripts.reader.scoring import answer_all, by_type
+from scripts.reader.scoring import answer_all, by_type, predicted
 
 
 def contexts(corpus, number=60, **changes):
@@ -48,8 +51,17 @@ def test_the_same_random_state_gives_the_same_context(corpus):
 
 def test_without_counterfactual_copies_passages_are_those_of_the_corpus(corpus):
     texts = {p.text for p in corpus.passages}
-    assert all(p.text in texts for c in contexts(corpus, counterfactual_share=0.0) for p in c.passages)
-    assert any(p.text not in texts for c in contexts(corpus, counterfactual_share=1.0) for p in c.passages)
+    assert all(p.text in texts for c in contexts(corpus, counterfactual_share=0.0, year_share=0.0) for p in c.passages)
+    assert any(
+        p.text not in texts for c in contexts(corpus, counterfactual_share=1.0, year_share=0.0) for p in c.passages
+    )
+
+
+def test_at_a_year_share_of_one_no_date_is_the_one_that_could_be_known_by_heart(corpus):
+    births = {p.name: p.facts["birth"] for p in corpus.passages if "birth" in p.facts}
+    seen = [p for c in contexts(corpus) for p in c.passages if p.name in births and p.facts]
+    moved = sum(p.facts["birth"] != births[p.name] for p in seen)
+    assert moved / len(seen) > 0.95  # chance draws the old year now and then
 
 
 def test_plain_contexts_are_lower_case_and_untitled_and_still_hold_the_answers():
@@ -93,6 +105,29 @@ def test_what_an_evaluation_file_asks_about_is_dropped_and_counted():
     left, asked, dropped = exclude(passages, human, Holdout([example]))
     assert left == [kept] and asked == human[2:]
     assert (dropped.passages, dropped.human_questions) == (2, 2)
+
+
+def test_what_is_set_aside_is_apart_and_always_the_same(passages, human):
+    training, validation = set_aside(passages, human, 0.5)
+    assert set_aside(passages, human, 0.5) == (training, validation)
+    assert sorted(p.title for part in (training, validation) for p in part[0]) == sorted(p.title for p in passages)
+    assert not {p.name for p in training[0]} & {p.name for p in validation[0]}
+    assert 0 < len(validation[0]) < len(passages)
+    assert set_aside(passages, human, 0.0)[1] == ([], [])
+
+
+def test_answers_are_predicted_where_the_model_would_say_them(make_config, make_hf, tokenizer):
+    """What the model itself answers counts as predicted, another answer does not."""
+    model = make_hf(make_config("llama", max_position_embeddings=4096), "sdpa")
+    passage, encoder = Passage("Kell", "Kell is a port on the north coast."), Encoder(tokenizer)
+    prompt = encoder.context_ids([(passage.title, passage.text)]) + encoder.question_ids("Where is Kell?")
+    with torch.no_grad():
+        said = int(model(input_ids=torch.tensor([prompt])).logits[0, -1].argmax())
+    found = []
+    for first in (said, (said + 1) % 256):
+        tree = Tree(prompt[:50], (Branch(prompt[50:], (first,)),))
+        found.append(predicted(model, tree))
+    assert found == [[True], [False]]
 
 
 def test_batched_answers_equal_those_one_by_one(make_config, make_hf, tokenizer):

@@ -65,7 +65,10 @@ def test_a_seed_gives_the_same_rows_again(stream):
 
 def test_the_command_trains_scores_and_leaves_out_what_is_evaluated(tmp_path, files, tiny_model, small, capsys):
     out = tmp_path / "out"
-    flags = "--rank 2 --max-steps 1 --rows 1 --micro-rows 1 --row-tokens 4096 --num-workers 0 --human-per-context 1"
+    flags = (
+        "--rank 2 --max-steps 1 --rows 1 --micro-rows 1 --row-tokens 4096 --num-workers 0 --human-per-context 1 "
+        "--validation-share 0.4 --validation-contexts 1"
+    )
     paths = ["--base", tiny_model, "--passages", files["passages"], "--human", files["human"]]
     earlier = tmp_path / "earlier.safetensors"
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
@@ -83,7 +86,7 @@ def test_the_command_trains_scores_and_leaves_out_what_is_evaluated(tmp_path, fi
         ]
     )
     printed = capsys.readouterr().out
-    assert "16 passages (1 dropped)" in printed and "new minus" in printed
+    assert "16 passages (1 dropped)" in printed and "new minus" in printed and "held out" in printed
     scores = json.loads((out / "scores.json").read_text())["scores"]
     assert {name.rpartition("/")[2] for name in scores} == {"None", "earlier.safetensors", "adapter.safetensors"}
     assert scores["None"]["evaluation"]["groups"]["all"][0] == 1
