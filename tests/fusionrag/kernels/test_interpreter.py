@@ -20,6 +20,7 @@ HERE = Path(__file__).parent
 def test_kernels_pass_their_tests_in_tritons_interpreter():
     """A process of its own: whether kernels are compiled or interpreted is decided when they are imported."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", str(HERE)]
+    command += [f"--ignore={HERE / 'test_dense.py'}"]  # whole models, and no kernel of ours
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, cwd=HERE.parents[2], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
