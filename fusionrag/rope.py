@@ -2,7 +2,7 @@
 
 The table is the model's own (`inv_freq` and `attention_scaling` of its rotary module, which covers default, linear,
 Llama-3 and YaRN scaling). A RoPE kind whose table depends on the length of the sequence cannot be re-rotated and is
-refused by name (`check_static`). Rotation is done in fp32 whatever the dtype of the keys.
+refused by name (`extract_rope`). Rotation is done in fp32 whatever the dtype of the keys.
 
 Convention: the two halves of the rotary dimensions form the pairs (i, i + rotary_dim/2), as in all supported families.
 """
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from fusionrag.errors import UnsupportedModel
+from fusionrag.kernels.prepare_rows import rotate
 
 POSITION_DEPENDENT = ("dynamic", "longrope")
 
@@ -36,14 +37,7 @@ class Rope:
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """x: (..., R, D), cos and sin from `tables`: a new tensor of x's dtype, rotated in fp32."""
-        half = self.inv_freq.shape[0]
-        first, second = x[..., :half].float(), x[..., half : 2 * half].float()
-        out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-        torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
-        torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin)
-        if 2 * half < x.shape[-1]:  # partial rotary: the other dimensions carry no position
-            out[..., 2 * half :] = x[..., 2 * half :]
-        return out.to(x.dtype)
+        return rotate(x, cos, sin)
 
     def shift(self, rotated: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
         """Moves rotated keys (..., R, D) by `delta` (R,) positions; the table's scaling is not applied twice."""
