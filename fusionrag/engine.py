@@ -36,6 +36,7 @@ from fusionrag.reprocess.select import choose
 from fusionrag.router import AS_ASKED, Router, Way
 from fusionrag.scheduler import Share, pack
 from fusionrag.store.base import KVStore
+from fusionrag.store.codec import EncodedKV
 from fusionrag.types import (
     ChunkKV,
     FinishReason,
@@ -78,7 +79,7 @@ class Engine:
         self._kv_codec = kv_codec
         self._clock = PrefillClock(model)
         self._router = Router(model, self._clock)
-        self._prefixes: dict[tuple[int, ...], tuple[Naming, ChunkKV]] = {}
+        self._prefixes: dict[tuple[int, ...], tuple[Naming, EncodedKV]] = {}
         self._waiting: deque[EngineRequest] = deque()
         self._live: list[LiveRequest] = []
         self._num_failed = 0  # passes in a row
@@ -94,9 +95,13 @@ class Engine:
 
     def prefix(self, prefix_ids: tuple[int, ...]) -> tuple[Naming, ChunkKV]:
         """The naming of the operator's stored KV behind this prefix, and the prefix's own KV, computed once."""
+        names, payload = self._prefix(prefix_ids)
+        return names, payload.kv
+
+    def _prefix(self, prefix_ids: tuple[int, ...]) -> tuple[Naming, EncodedKV]:
         if prefix_ids not in self._prefixes:
             names = naming(self.model, self._kv_codec, prefix_ids)
-            self._prefixes[prefix_ids] = (names, compute_prefix(self.model, prefix_ids))
+            self._prefixes[prefix_ids] = (names, EncodedKV.plain(compute_prefix(self.model, prefix_ids)))
         return self._prefixes[prefix_ids]
 
     def calibrate(self) -> None:
@@ -234,7 +239,7 @@ class Engine:
             self._prefill(live)
             return
         live.went(AS_ASKED)
-        names, prefix = self.prefix(plan.prefix.token_ids)
+        names, prefix = self._prefix(plan.prefix.token_ids)
         candidates = plan_candidates(replace(names, owner=live.request.owner), plan, reuse)
         if self.config.route == "auto":
             is_first_exact = bool(candidates) and candidates[0][0].kind == "raw"

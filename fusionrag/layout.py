@@ -137,14 +137,14 @@ def stitch_(
     span: Span,
     plan: PromptPlan,
     candidates: Sequence[Sequence[KVSpec]],
-    prefix: ChunkKV,
+    prefix: EncodedKV,
 ) -> Stitched:
     """Finds what is stored for the plan's chunks and brings it, re-positioned, into the span.
 
     candidates: for each chunk the objects that may stand for it, best first; chunks behind the last are left missing.
     """
     begin = time.perf_counter()
-    pieces, receipts = [Piece(0, EncodedKV.plain(prefix))], list[ChunkReceipt]()
+    pieces, receipts = [Piece(0, prefix)], list[ChunkReceipt]()
     missing, reused = list[Segment](), list[Segment]()
     for i, (segment, found) in enumerate(zip_longest(plan.chunks, loader.find(candidates))):
         assert segment.chunk is not None

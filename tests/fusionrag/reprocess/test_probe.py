@@ -15,6 +15,7 @@ from fusionrag.loading import CpuLoader
 from fusionrag.reprocess import probe
 from fusionrag.reprocess.probe import ScoreInputs, parse_layers
 from fusionrag.stitch import CaptureKV
+from fusionrag.store.codec import EncodedKV
 from fusionrag.types import RowGroup
 
 
@@ -27,7 +28,7 @@ def lay(bench, *lengths, num_related=1, **reuse):
     span = engine.arena.allocate(plan.num_tokens + 5)
     names, prefix = engine.prefix(plan.prefix.token_ids)
     loader, candidates = CpuLoader(bench.model, bench.store), plan_candidates(names, plan, config)
-    stitched = stitch_(bench.model, loader, engine.arena, span, plan, candidates, prefix)
+    stitched = stitch_(bench.model, loader, engine.arena, span, plan, candidates, EncodedKV.plain(prefix))
     return ScoreInputs(bench.model, engine.arena, span, plan, stitched.chunk_of, stitched.candidates, config)
 
 
