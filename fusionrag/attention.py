@@ -30,7 +30,8 @@ class StopForward(Exception):
 class ForwardStep:
     """The rows of all groups, in order: the same for all layers.
 
-    positions, slots: (R,) int64. cos, sin: (R, rotary_dim / 2) fp32.
+    positions, slots: (R,) int64. cos, sin: (R, rotary_dim / 2) fp32. In a pass whose buffers stay, all four may change
+    in place; `wanted_row` then says where the one row is whose logits are wanted, and `step_of_wanted` is its pass.
     """
 
     groups: tuple[RowGroup, ...]
@@ -41,6 +42,8 @@ class ForwardStep:
     sin: torch.Tensor
     dense: DenseAttention | None = None  # what serves groups without gaps; None: `rows_attention` as all others
     plans: dict[int | None, RowPlan] = field(default_factory=dict)  # by window, made at the first layer that has it
+    wanted_row: torch.Tensor | None = None  # (1,) int64
+    step_of_wanted: ForwardStep | None = None
 
     def write(self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Keys, rotated, and values go to their slots; the groups' observers see it. Returns the rotated queries.
@@ -68,7 +71,16 @@ class ForwardStep:
                 seen = slice(group.span.start, group.span.start + (group.first_position or 0) + group.num_rows)
                 found.append(self.dense(queries[rows], keys[:, seen], values[:, seen], scaling))
             return found[0] if len(found) == 1 else torch.cat(found)
-        return rows_attention(queries, keys, values, self.plan(queries.shape[1], window), scaling)
+        plan = self.plan(queries.shape[1], window)
+        watching = [(g, rows) for g, rows in self.slices() if g.observer is not None and layer in g.observer.sums_at]
+        sums = None
+        if watching and window is None and plan.tiles is not None:
+            sums = torch.empty(queries.shape[:2], dtype=torch.float32, device=queries.device)
+        attended = rows_attention(queries, keys, values, plan, scaling, lse=sums)
+        for group, rows in watching:
+            assert group.observer is not None
+            group.observer.after_attention(layer, group, queries[rows], None if sums is None else sums[rows])
+        return attended
 
     def plan(self, num_heads: int, window: int | None) -> RowPlan:
         if window not in self.plans:
@@ -78,6 +90,10 @@ class ForwardStep:
                 self.positions, self.slots, requests, num_heads, keys.shape[1], keys.shape[3], keys.dtype, window
             )
         return self.plans[window]
+
+    def is_watched(self, layer: int) -> bool:
+        """Whether somebody wants to see this layer's attention."""
+        return any(g.observer is not None and layer in g.observer.sums_at for g in self.groups)
 
     def slices(self) -> Iterator[tuple[RowGroup, slice]]:
         """Each group with the rows of the pass that are its own."""
@@ -89,6 +105,8 @@ class ForwardStep:
     @cached_property
     def wanted(self) -> slice | torch.Tensor:
         """The rows whose logits are wanted: of each group, its last `num_logits`."""
+        if self.wanted_row is not None:
+            return self.wanted_row
         ranges = [(rows.stop - g.num_logits, rows.stop) for g, rows in self.slices() if g.num_logits]
         if all(before[1] == after[0] for before, after in pairwise(ranges)):
             return slice(ranges[0][0], ranges[-1][1]) if ranges else slice(0, 0)
@@ -97,6 +115,8 @@ class ForwardStep:
 
     def of_wanted(self) -> ForwardStep:
         """The same pass with the wanted rows alone; their keys and values are written already."""
+        if self.step_of_wanted is not None:
+            return self.step_of_wanted
         groups = tuple(
             replace(
                 g,

@@ -94,19 +94,31 @@ class Decoder:
         self._embed, self._norm = hf.embed_tokens, hf.norm
         self.layers = [DecoderLayer(layer, config) for layer in hf.layers]
 
-    def forward(self, token_ids: torch.Tensor, step: ForwardStep) -> torch.Tensor:
-        """token_ids: (R,). Returns the normed hidden states (W, hidden size) of the step's wanted rows, in order.
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """token_ids: (R,) → (R, hidden size)."""
+        hidden: torch.Tensor = self._embed(token_ids)
+        return hidden
 
-        Rows that nobody wants leave after the last layer's keys and values are written: nothing later reads them.
+    def run(self, hidden: torch.Tensor, step: ForwardStep, layers: range) -> torch.Tensor:
+        """hidden: (R, hidden size), of all rows. Returns what comes out of the last of these layers.
+
+        Of the model's last layer that is (W, hidden size), the step's wanted rows in order: the others leave after its
+        keys and values are written, because nothing later reads them.
         """
-        hidden = self._embed(token_ids)
         last = len(self.layers) - 1
-        for i, layer in enumerate(self.layers):
+        for i in layers:
+            layer = self.layers[i]
             queries, keys, values = layer.project(hidden)
             queries = step.write(i, queries, keys, values)
-            if i == last:
+            if i == last and not step.is_watched(i):
                 hidden, queries, step = hidden[step.wanted], queries[step.wanted], step.of_wanted()
                 if not len(hidden):
                     break
             hidden = layer.finish(hidden, step.attend(i, queries, layer.scaling, layer.window))
+            if i == last and step.is_watched(i):
+                hidden = hidden[step.wanted]
+        return hidden
+
+    def finish(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the head takes."""
         return norm(hidden, self._norm)

@@ -25,11 +25,12 @@ from fusionrag.clock import Mark
 from fusionrag.config import EngineConfig
 from fusionrag.cost import PrefillClock
 from fusionrag.errors import FusionRAGError, PromptTooLong, QueueFull
-from fusionrag.graphs import DecodeGraphs
+from fusionrag.graphs import DecodeGraphs, GraphPool
 from fusionrag.layout import Naming, compute_prefix, naming, plan_candidates, stitch_
 from fusionrag.live_request import EngineRequest, LiveRequest
 from fusionrag.loading import make_loader
 from fusionrag.model import LanguageModel
+from fusionrag.passes import StaticPasses
 from fusionrag.reprocess.probe import ScoreInputs
 from fusionrag.reprocess.recompute import recompute_observer, recompute_positions
 from fusionrag.reprocess.select import choose
@@ -75,7 +76,8 @@ class Engine:
         self.model, self.store, self.config = model, store, config
         self._loader = make_loader(model, store, device_tier_bytes)
         self.arena = model.new_arena(config.num_slots(model.max_model_len))
-        self._graphs = DecodeGraphs(model, self.arena)
+        pool = GraphPool()
+        self._graphs, self._passes = DecodeGraphs(model, self.arena, pool), StaticPasses(model, self.arena, pool)
         self._kv_codec = kv_codec
         self._clock = PrefillClock(model)
         self._router = Router(model, self._clock)
@@ -143,6 +145,8 @@ class Engine:
 
     def step(self) -> list[TokenEvent]:
         """One forward pass. Returns an event for every request that got a token, ended or failed."""
+        if self._live and not self._waiting and all(live.is_decoding for live in self._live):
+            self.rest()  # a pause between two tokens, once for each size of pass
         events = self._admit()
         # alone, a prefill is not split: there is no stream to keep flowing, and one dense pass is the fastest
         budget = self.config.max_batch_tokens if len(self._live) > 1 else MAX_ROWS_ALONE
@@ -171,7 +175,13 @@ class Engine:
 
     def _forward(self, groups: list[RowGroup]) -> torch.Tensor:
         logits = self._graphs.run(groups)
+        if logits is None and len(groups) == 1:
+            logits = self._passes.recompute(groups[0])
         return self.model.forward(groups, self.arena) if logits is None else logits
+
+    def rest(self) -> None:
+        """To be called when there is nothing to do: does what the next request would otherwise wait for."""
+        self._passes.capture()
 
     def generate(self, request: EngineRequest) -> list[TokenEvent]:
         """Runs one request to its end, for commands and tests. Raises what made it fail."""
@@ -179,6 +189,7 @@ class Engine:
         events: list[TokenEvent] = []
         while not events or events[-1].finish_reason is None:
             events += [e for e in self.step() if e.request_id == request.request_id]
+        self.rest()
         if events[-1].error is not None:
             raise events[-1].error
         return events
@@ -198,8 +209,9 @@ class Engine:
             self._begin(live)
             while True:
                 group = live.take(live.num_pending if live.is_atomic else MAX_ROWS_ALONE)
-                logits = self.model.forward([group], self.arena)
+                logits = self._forward([group])
                 if group.num_logits:
+                    logits = logits.clone()  # the next pass may use the same memory
                     break
                 if live.is_filling and not live.num_pending:
                     self._select(live)
@@ -282,6 +294,7 @@ class Engine:
             reuse,
             seed,
             stitched.arrival,
+            self._passes if self._passes.is_on else None,
         )
         selection = choose(inputs, stitched.num_reused)
         selected = selection.positions
@@ -357,6 +370,7 @@ class Engine:
         if live in self._live:
             self._live.remove(live)
             if live.arrival is not None:  # KV still on its way needs the span, and the memory that it comes from
+                live.arrival.wait_for_all()
                 self.model.synchronize()
             self.arena.free(live.span)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 
@@ -20,6 +21,8 @@ from fusionrag.model import LanguageModel
 from fusionrag.router import Route
 from fusionrag.sampling import Sampler, SamplingParams, TextStream
 from fusionrag.types import AttentionObserver, KVArrival, PromptPlan, RequestStats, RowGroup, Span
+
+MAX_SEGMENTS = 4096  # of prompts, kept as tensors: turning a tuple into one takes longer than copying it to a GPU
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,19 @@ class EngineRequest:
     explain: bool = False  # say which tokens were recomputed
 
 
+@lru_cache(MAX_SEGMENTS)
+def _ids(token_ids: tuple[int, ...]) -> torch.Tensor:
+    """(T,) int64 on the host; not to be changed."""
+    return torch.tensor(token_ids, dtype=torch.int64)
+
+
 class LiveRequest:
     """A request that owns a span. Mutable, private to the engine and the scheduler."""
 
     def __init__(self, request: EngineRequest, span: Span, model: LanguageModel) -> None:
         self.request, self.span, self.plan = request, span, request.plan
-        ids = torch.zeros(span.length, dtype=torch.int64)  # of the prompt, and room for what is generated
-        ids[: request.plan.num_tokens] = torch.tensor(request.plan.token_ids)
+        room = torch.zeros(span.length - request.plan.num_tokens, dtype=torch.int64)  # for what is generated
+        ids = torch.cat([*(_ids(s.token_ids) for s in request.plan.segments), room])
         self.token_ids = to_device(ids, model.device)
         self.pending = torch.empty(0, dtype=torch.int64, device=model.device)  # positions still to run, ascending
         self._first_pending: int | None = None  # where the pending positions are known to have no gap

@@ -9,7 +9,8 @@ Invariants: what is in the span afterwards is the same whichever way it came; st
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -27,6 +28,7 @@ from fusionrag.types import KVArrival, KVSource, KVSpec, Span
 
 NUM_READERS = 8  # files read at the same time: one does not fill a drive
 LAYERS_AT_ONCE = 7  # per copy: large enough for the link's full speed, small enough to begin early
+QUEUED_AHEAD = 1  # runs of layers beyond the one that is waited for: the link must not run dry
 
 
 @dataclass(frozen=True)
@@ -142,24 +144,42 @@ class CpuLoader(_Finder):
             place_(arena, self._rope, span, piece.position, piece.payload.kv)
 
 
-@dataclass(frozen=True)
 class LayerArrival:
-    """KV on its way over the link. `held`: memory that the queued copies read or write."""
+    """KV on its way over the link, some layers at a time.
 
-    events: tuple[torch.cuda.Event, ...]  # of LAYERS_AT_ONCE layers each
-    begin: torch.cuda.Event
-    held: tuple[object, ...]
+    Queueing a copy takes the host time too, so layers are queued shortly before they are waited for, while the device
+    runs the layers before them.
+    """
+
+    def __init__(self, queue: Callable[[slice], torch.cuda.Event], num_layers: int, begin: torch.cuda.Event) -> None:
+        """queue: brings some layers on their way and returns when they are there; it keeps alive what that needs."""
+        firsts = range(0, num_layers, LAYERS_AT_ONCE)
+        self._runs = [slice(first, min(first + LAYERS_AT_ONCE, num_layers)) for first in firsts]
+        self._queue, self._begin = queue, begin
+        self._events = list[torch.cuda.Event]()
+        self._queue_until(QUEUED_AHEAD)
 
     def wait(self, layer: int) -> None:
-        torch.cuda.current_stream().wait_event(self.events[layer // LAYERS_AT_ONCE])
+        own = layer // LAYERS_AT_ONCE
+        self._queue_until(own)
+        torch.cuda.current_stream().wait_event(self._events[own])
+        self._queue_until(own + QUEUED_AHEAD)
 
     def wait_for_all(self) -> None:
-        torch.cuda.current_stream().wait_event(self.events[-1])
+        self.queue_all()
+        torch.cuda.current_stream().wait_event(self._events[-1])
+
+    def queue_all(self) -> None:
+        self._queue_until(len(self._runs) - 1)
+
+    def _queue_until(self, last: int) -> None:
+        for run in self._runs[len(self._events) : last + 1]:
+            self._events.append(self._queue(run))
 
     @property
     def elapsed_ms(self) -> float:
         """From the first copy to the last layer in place; only once the device is done with it."""
-        return float(self.begin.elapsed_time(self.events[-1]))
+        return float(self._begin.elapsed_time(self._events[-1]))
 
 
 class GpuLoader(_Finder):
@@ -171,31 +191,42 @@ class GpuLoader(_Finder):
         self._tier = DeviceTier(device_tier_bytes, model.device)
         self._copies = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
         self._placing = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
+        self._latest: weakref.ref[LayerArrival] | None = None
 
     def _held(self, spec: KVSpec) -> Found | None:
         resident = self._tier.get(spec.digest)
         return super()._held(spec) if resident is None else Found(spec, KVSource.DEVICE, resident)
 
     def place_(self, arena: KVArena, span: Span, pieces: Sequence[Piece]) -> LayerArrival:
+        latest = None if self._latest is None else self._latest()
+        if latest is not None:
+            latest.queue_all()  # the tier already names as its own what is still to be copied
         self._placing.wait_stream(torch.cuda.current_stream())  # passes still queued may use these slots
         self._copies.wait_stream(self._placing)  # and placing still queued may read these bytes
         begin = _event()
         begin.record(self._copies)
         resident = self._reserve(pieces)
-        events = []
-        for first in range(0, self._model.shape.num_layers, LAYERS_AT_ONCE):
-            layers = slice(first, min(first + LAYERS_AT_ONCE, self._model.shape.num_layers))
+        placed = list(zip(pieces, resident, strict=True))
+        crossing = [(kv, piece.payload) for piece, kv in placed if isinstance(piece.payload, EncodedKV)]
+        launches: dict[tuple[int, str, torch.dtype], list[tuple[Piece, DeviceKV]]] = {}  # as a rule that is one
+        for piece, kv in placed:
+            launches.setdefault((kv.buffer.data_ptr(), kv.codec, kv.dtype), []).append((piece, kv))
+
+        def queue(layers: slice) -> torch.cuda.Event:
             with torch.cuda.stream(self._copies):
-                for piece, kv in zip(pieces, resident, strict=True):
-                    if isinstance(piece.payload, EncodedKV):
-                        kv.copy_layers_(piece.payload, layers)
+                for kv, payload in crossing:
+                    kv.copy_layers_(payload, layers)
             self._placing.wait_stream(self._copies)
             with torch.cuda.stream(self._placing):
-                self._place_layers_(arena, span, pieces, resident, layers)
+                for members in launches.values():
+                    self._load_layers_(arena, span, members, layers)
                 event = _event()
                 event.record()
-            events.append(event)
-        return LayerArrival(tuple(events), begin, (tuple(resident), tuple(p.payload for p in pieces)))
+            return event
+
+        arrival = LayerArrival(queue, self._model.shape.num_layers, begin)
+        self._latest = weakref.ref(arrival)
+        return arrival
 
     def _reserve(self, pieces: Sequence[Piece]) -> list[DeviceKV]:
         """Each piece's place on the device, its bytes still to come where they are not there."""
@@ -204,30 +235,25 @@ class GpuLoader(_Finder):
             reserved = iter(self._tier.reserve(absent))
         return [p.payload if isinstance(p.payload, DeviceKV) else next(reserved) for p in pieces]
 
-    def _place_layers_(
-        self, arena: KVArena, span: Span, pieces: Sequence[Piece], resident: Sequence[DeviceKV], layers: slice
+    def _load_layers_(
+        self, arena: KVArena, span: Span, members: Sequence[tuple[Piece, DeviceKV]], layers: slice
     ) -> None:
-        """One launch for each kind of bytes and each buffer that they lie in; as a rule that is one."""
-        groups: dict[tuple[int, str, torch.dtype], list[tuple[Piece, DeviceKV]]] = {}
-        for piece, kv in zip(pieces, resident, strict=True):
-            groups.setdefault((kv.buffer.data_ptr(), kv.codec, kv.dtype), []).append((piece, kv))
-        for (_, codec, dtype), members in groups.items():
-            rows = []
-            for piece, kv in members:
-                at = kv.offsets(layers.start)
-                slot = span.start + piece.position
-                rows.append(ChunkBytes(at.kv, at.key_scales, at.value_scales, kv.num_tokens, slot, piece.position))
-            load_(
-                members[0][1].buffer,
-                load_table(rows, self._model.device),
-                max(kv.num_tokens for _, kv in members),
-                codec,
-                dtype,
-                self._model.rope.inv_freq,
-                self._model.rope.scaling,
-                arena.keys[layers],
-                arena.values[layers],
-            )
+        """One launch. members: of one kind, in one buffer."""
+        rows, first = [], members[0][1]
+        for piece, kv in members:
+            at, slot = kv.offsets(layers.start), span.start + piece.position
+            rows.append(ChunkBytes(at.kv, at.key_scales, at.value_scales, kv.num_tokens, slot, piece.position))
+        load_(
+            first.buffer,
+            load_table(rows, self._model.device),
+            max(kv.num_tokens for _, kv in members),
+            first.codec,
+            first.dtype,
+            self._model.rope.inv_freq,
+            self._model.rope.scaling,
+            arena.keys[layers],
+            arena.values[layers],
+        )
 
 
 def _event() -> torch.cuda.Event:

@@ -95,20 +95,21 @@ class LanguageModel:
         """
         positions = torch.cat([g.positions for g in groups])
         slots = torch.cat([g.positions + g.span.start for g in groups])
-        return self.forward_rows(groups, arena, torch.cat([g.token_ids for g in groups]), positions, slots)
-
-    @torch.inference_mode()
-    def forward_rows(
-        self,
-        groups: Sequence[RowGroup],
-        arena: KVArena,
-        token_ids: torch.Tensor,
-        positions: torch.Tensor,
-        slots: torch.Tensor,
-    ) -> torch.Tensor:
-        """`forward` of rows that are spelled out already. token_ids, positions, slots: (R,) int64, on the device."""
         step = ForwardStep(tuple(groups), arena, positions, slots, *self.rope.tables(positions), dense=self.dense)
-        logits: torch.Tensor = self._head(self._decoder.forward(token_ids, step)).float()
+        hidden = self._decoder.embed(torch.cat([g.token_ids for g in groups]))
+        return self.logits(self.run_layers(hidden, step, range(self.shape.num_layers)))
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """token_ids: (R,) → (R, hidden size). This and the next two are `forward` in pieces."""
+        return self._decoder.embed(token_ids)
+
+    def run_layers(self, hidden: torch.Tensor, step: ForwardStep, layers: range) -> torch.Tensor:
+        """As `Decoder.run`."""
+        return self._decoder.run(hidden, step, layers)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden: (W, hidden size), out of the last layer → (W, V) fp32."""
+        logits: torch.Tensor = self._head(self._decoder.finish(hidden)).float()
         return logits
 
     def rows(self, token_ids: Sequence[int], first_position: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ import torch
 
 from fusionrag.arena import KVArena
 from fusionrag.rope import Rope
-from fusionrag.types import ChunkKV, Span
+from fusionrag.types import AttentionObserver, ChunkKV, RowGroup, Span
 
 
 @torch.inference_mode()
@@ -24,19 +24,17 @@ def place_(arena: KVArena, rope: Rope, span: Span, position: int, kv: ChunkKV) -
         arena.values[layer, :, slots] = kv.values[layer].to(arena.values.dtype)
 
 
-class CaptureKV:
+class CaptureKV(AttentionObserver):
     """An observer that keeps the un-rotated keys and the values of a group's rows: how stored KV is made."""
 
     def __init__(self) -> None:
         self._keys: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
 
-    def before_write(self, _layer: int, _group: object, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def before_write(self, layer: int, group: RowGroup, keys: torch.Tensor, values: torch.Tensor) -> None:
+        del layer, group
         self._keys.append(keys.clone())
         self._values.append(values.clone())
-
-    def after_write(self, layer: int, group: object, queries: torch.Tensor) -> None:
-        pass
 
     def chunk_kv(self) -> ChunkKV:
         """Everything captured so far, (L, G, T, D) on the model's device."""

@@ -46,22 +46,26 @@ class Span:
         return self.start + self.length
 
 
-class AttentionObserver(Protocol):
-    """Sees one row group's attention inputs at every layer, before the attention of that layer is computed.
+class AttentionObserver:
+    """Sees one row group's attention at every layer; by itself it looks at nothing.
 
     `queries` are rotated; `keys` are the un-rotated keys and `values` the values of the rows themselves. The arena
     already holds the rows' rotated keys when `after_write` runs, and still holds what was there when `before_write`
     runs. Neither may change the rows; of the group's own span, `before_write` may change other slots, and `after_write`
-    any slot: what it holds then is what the rows attend to.
+    any slot: what it holds then is what the rows attend to. At the layers in `sums_at` it sees the attention too.
     """
+
+    sums_at: frozenset[int] = frozenset()
 
     def before_write(self, layer: int, group: RowGroup, keys: torch.Tensor, values: torch.Tensor) -> None:
         """keys, values [G, R, D]: fresh, un-rotated, not yet in the arena."""
-        ...
 
     def after_write(self, layer: int, group: RowGroup, queries: torch.Tensor) -> None:
         """queries [H, R, D]: rotated to their positions."""
-        ...
+
+    def after_attention(self, layer: int, group: RowGroup, queries: torch.Tensor, sums: torch.Tensor | None) -> None:
+        """queries [R, H, D], rotated. sums [R, H] fp32: natural log of the sum of exp(scores) over all that a row sees;
+        None where the attention does not tell them, or where a window hides part of the span."""
 
 
 class KVArrival(Protocol):
@@ -95,10 +99,18 @@ class RowGroup:
     observer: AttentionObserver | None = None
     arrival: KVArrival | None = None  # what the rows must wait for
     first_position: int | None = None  # where positions are known, without asking the device, to have no gap; else None
+    start_on_device: torch.Tensor | None = None  # (1,) int64: the span's start, where it changes in place
 
     @property
     def num_rows(self) -> int:
         return self.positions.shape[0]
+
+    @property
+    def first_slot(self) -> torch.Tensor:
+        """(1,) int64, on the device: where position 0 lives."""
+        if self.start_on_device is not None:
+            return self.start_on_device
+        return torch.full((1,), self.span.start, dtype=torch.int64, device=self.positions.device)
 
     @property
     def last_position(self) -> int:

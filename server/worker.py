@@ -164,6 +164,8 @@ class Worker:
                     begin = time.perf_counter()
                     self._post(self._engine.step())
                     self._engine_s += time.perf_counter() - begin
+                    if not self._engine.has_work:
+                        self._engine.rest()
                 if running and self._failure is None:
                     self._step_background()
                 if self._failure is None:

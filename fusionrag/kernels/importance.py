@@ -45,7 +45,7 @@ def attention_mass(
 def _block_shape(head_dim: int, dtype: torch.dtype) -> TileShape:
     if dtype == torch.float32:
         return TileShape(32, 32, 4, 2)
-    return TileShape(64, 128, 4, 2) if padded(head_dim) <= 128 else TileShape(64, 64, 4, 2)
+    return TileShape(128, 128, 8, 2) if padded(head_dim) <= 128 else TileShape(64, 64, 4, 2)
 
 
 @jit("positions", "slots", "lse", "parts", "first", "last", "num_keys")

@@ -15,7 +15,7 @@ How the bytes of one chunk lie (`codec.layout` writes them so), for each tensor 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -44,7 +44,8 @@ class ChunkBytes:
 
 def load_table(chunks: Sequence[ChunkBytes], device: torch.device) -> torch.Tensor:
     """(C, 6) int64 on `device`, on its way there without waiting."""
-    table = torch.tensor([astuple(c) for c in chunks], dtype=torch.int64).view(-1, 6)
+    rows = [(c.kv, c.key_scales, c.value_scales, c.num_tokens, c.slot, c.position) for c in chunks]
+    table = torch.tensor(rows, dtype=torch.int64).view(-1, 6)
     return to_device(table, device)
 
 

@@ -10,7 +10,7 @@ import torch
 from fusionrag.kernels.backend import jit, padded, takes, tl
 from fusionrag.kernels.prepare_rows import rotate
 
-BLOCK_R = 16  # rows of a chunk that are looked at together
+BLOCK_R = 32  # rows of a chunk that are looked at together
 
 
 def mean_residual(
@@ -41,7 +41,7 @@ def mean_residual(
         *keys.stride()[:2], *values.stride()[:2], *span_keys.stride()[:2], *span_values.stride()[:2],
         num_chunks, weight,
         HALF=half, HEAD_DIM=head_dim, BLOCK_R=BLOCK_R, BLOCK_H=padded(half), BLOCK_D=padded(head_dim),
-        BLOCK_REST=padded(max(1, head_dim - 2 * half)), num_warps=4,
+        BLOCK_REST=padded(max(1, head_dim - 2 * half)), num_warps=8,
     )  # fmt: skip
     return out[0], out[1]
 

@@ -261,7 +261,10 @@ def _attend_kernel(
     low_row = first_row + first_pair // GROUP
     high_row = gl.minimum(first_row + (first_pair + BLOCK_M - 1) // GROUP, stop_row - 1)
     lowest, last = gl.load(positions + low_row).to(gl.int32), gl.load(positions + high_row).to(gl.int32)
-    first_slot = kv_head * rows_per_head + gl.load(slots + low_row).to(gl.int32) - lowest
+    slot = gl.load(slots + low_row).to(gl.int32)
+    is_real = (slot >= 0).to(gl.int32)  # others only fill up the pass: one block, for nobody
+    slot, lowest, last = slot * is_real, lowest * is_real, last * is_real
+    first_slot = kv_head * rows_per_head + slot - lowest
 
     tile_queries = gl.allocate_shared_memory(
         kind, [BLOCK_M, HEAD_DIM], gl.NVMMASharedLayout.get_default_for([BLOCK_M, HEAD_DIM], kind)

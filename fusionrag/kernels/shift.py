@@ -15,18 +15,18 @@ BLOCK_T = 32  # slots of a program
 def shift_(
     arena_keys: torch.Tensor,
     arena_values: torch.Tensor,
-    first_slot: int,
+    first_slot: torch.Tensor,
     chunk_of: torch.Tensor,
     key_shift: torch.Tensor,
     value_shift: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
 ) -> None:
-    """Slot `first_slot + t` gets the shifts of chunk `chunk_of[t]`.
+    """Slot `first_slot + t` gets the shifts of chunk `chunk_of[t]`; where that is -1 it stays as it is.
 
-    arena_keys, arena_values: (G, S, D), one layer of the arena, the last dimension contiguous. chunk_of: (T,) int64,
-    each in [0, C). key_shift (before rotation), value_shift: (G, C, D) fp32. cos, sin: (T, rotary_dim / 2) fp32 of the
-    slots' positions; all contiguous.
+    arena_keys, arena_values: (G, S, D), one layer of the arena, the last dimension contiguous. first_slot: (1,) int64.
+    chunk_of: (T,) int64, each in [-1, C); slots behind the last chunk need not be there. key_shift (before rotation),
+    value_shift: (G, C, D) fp32. cos, sin: (T, rotary_dim / 2) fp32 of the slots' positions; all contiguous.
     """
     num_kv_heads, _, head_dim = arena_keys.shape
     if not takes("shift", arena_keys.device, arena_keys.dtype, arena_values.dtype, head_dim=head_dim):
@@ -41,7 +41,7 @@ def shift_(
     )  # fmt: skip
 
 
-@jit("first_slot", "num_tokens", "num_chunks")
+@jit("num_tokens", "num_chunks")
 def _shift_kernel(
     arena_keys, arena_values, chunk_of, key_shift, value_shift, cos, sin,
     stride_kg, stride_ks, stride_vg, stride_vs, first_slot, num_tokens, num_chunks,
@@ -50,9 +50,10 @@ def _shift_kernel(
 ):  # fmt: skip
     """One program: BLOCK_T slots of one KV head."""
     tokens = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]  # (BLOCK_T, 1), as all below
-    is_token, head = tokens < num_tokens, tl.program_id(1).to(tl.int64)
-    chunk = tl.load(chunk_of + tokens, mask=is_token, other=0)
-    slots, source = (first_slot + tokens).to(tl.int64), (head * num_chunks + chunk) * HEAD_DIM
+    head = tl.program_id(1).to(tl.int64)
+    chunk = tl.load(chunk_of + tokens, mask=tokens < num_tokens, other=-1)
+    is_token = chunk >= 0
+    slots, source = tl.load(first_slot) + tokens, (head * num_chunks + chunk) * HEAD_DIM
     at_h, at_d = tl.arange(0, BLOCK_H)[None, :], tl.arange(0, BLOCK_D)[None, :]
 
     target = arena_keys + head * stride_kg + slots * stride_ks
@@ -81,7 +82,7 @@ def _shift_kernel(
 def shift_reference_(
     arena_keys: torch.Tensor,
     arena_values: torch.Tensor,
-    first_slot: int,
+    first_slot: torch.Tensor,
     chunk_of: torch.Tensor,
     key_shift: torch.Tensor,
     value_shift: torch.Tensor,
@@ -89,6 +90,11 @@ def shift_reference_(
     sin: torch.Tensor,
 ) -> None:
     """Plain torch: same arguments, same result."""
-    slots = slice(first_slot, first_slot + len(chunk_of))
-    arena_keys[:, slots] += rotate(key_shift[:, chunk_of], cos, sin).to(arena_keys.dtype)
-    arena_values[:, slots] += value_shift[:, chunk_of].to(arena_values.dtype)
+    own = (chunk_of >= 0).nonzero()[:, 0]
+    if not len(own):
+        return
+    begin, end = int(own[0]), int(own[-1]) + 1  # as a rule without a gap; a slice is much faster than an index
+    slots, chunk_of = slice(int(first_slot) + begin, int(first_slot) + end), chunk_of[begin:end]
+    shifts = rotate(key_shift[:, chunk_of], cos[begin:end], sin[begin:end]), value_shift[:, chunk_of]
+    for arena, shift in zip((arena_keys, arena_values), shifts, strict=True):
+        arena[:, slots] += shift.to(arena.dtype).masked_fill_((chunk_of < 0)[:, None], 0)

@@ -14,12 +14,12 @@ import torch
 
 from fusionrag.arena import KVArena
 from fusionrag.rope import Rope
-from fusionrag.types import RowGroup
+from fusionrag.types import AttentionObserver, RowGroup
 
 START, STOP = 1.5, 0.5
 
 
-class GradualFilter:
+class GradualFilter(AttentionObserver):
     """An observer of the recompute pass. `selected`: (M,) positions that stand first in the pass, ascending."""
 
     def __init__(self, arena: KVArena, rope: Rope, selected: torch.Tensor, num_layers: int) -> None:

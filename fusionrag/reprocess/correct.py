@@ -14,43 +14,40 @@ from __future__ import annotations
 import torch
 
 from fusionrag.arena import KVArena
-from fusionrag.kernels.backend import to_device
 from fusionrag.kernels.residual import mean_residual
 from fusionrag.kernels.shift import shift_
 from fusionrag.rope import Rope
-from fusionrag.types import PromptPlan, RowGroup
+from fusionrag.types import AttentionObserver, RowGroup
 
 
-class MeanResidual:
-    """An observer of the recompute pass. `selected`: (K,) positions of recomputed chunk tokens, ascending."""
+class MeanResidual(AttentionObserver):
+    """An observer of the recompute pass, whose recomputed rows stand first, in front of the tail.
+
+    chunk_of: (N,) int64, the chunk of each position, -1 for those of no chunk. borders: (C + 1,) int64, where each
+    chunk begins and the last one ends.
+    """
 
     def __init__(
-        self,
-        arena: KVArena,
-        rope: Rope,
-        plan: PromptPlan,
-        chunk_of: torch.Tensor,
-        selected: torch.Tensor,
-        weight: float,
+        self, arena: KVArena, rope: Rope, chunk_of: torch.Tensor, borders: torch.Tensor, weight: float
     ) -> None:
-        """chunk_of: (N,) the chunk of each position."""
-        self._arena, self._selected, self._weight = arena, selected, weight
-        self._first_slot, stop = plan.chunks[0].start, plan.chunks[-1].stop
-        self._chunk_of = chunk_of[self._first_slot : stop]
-        borders = torch.tensor([s.start for s in plan.chunks] + [stop])
-        self._bounds = torch.searchsorted(selected, to_device(borders, selected.device))
-        cos, sin = rope.tables(-selected)
-        # tables carry the rope's scaling: stored-frame keys do not, so undoing divides by it twice
-        self._back = cos / rope.scaling**2, sin / rope.scaling**2
-        self._forth = rope.tables(torch.arange(self._first_slot, stop, device=selected.device))
+        self.chunk_of, self.borders, self.weight = chunk_of, borders, weight
+        self._arena, self._rope = arena, rope
 
     def before_write(self, layer: int, group: RowGroup, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """The recomputed rows stand first in the pass, before the tail."""
         if layer == 0:  # keys and values of layer 0 are the same in every context
+            self._look_at(group)
             return
-        span = self._arena.view(layer, group.span)
-        shifts = mean_residual(keys, values, *span, self._selected, self._bounds, *self._back, self._weight)
-        shift_(*span, self._first_slot, self._chunk_of, *shifts, *self._forth)
+        arena = self._arena.keys[layer], self._arena.values[layer]
+        shifts = mean_residual(keys, values, *arena, self._slots, self._bounds, *self._back, self.weight)
+        shift_(*arena, self._first_slot, self.chunk_of, *shifts, *self._forth)
 
-    def after_write(self, layer: int, group: RowGroup, queries: torch.Tensor) -> None:
-        pass
+    def _look_at(self, group: RowGroup) -> None:
+        """What is the same for all layers."""
+        positions = group.positions
+        self._first_slot = group.first_slot
+        self._slots = positions + self._first_slot
+        self._bounds = torch.searchsorted(positions, self.borders)  # the tail's rows lie behind all borders
+        cos, sin = self._rope.tables(-positions)
+        # tables carry the rope's scaling: stored-frame keys do not, so undoing divides by it twice
+        self._back = cos / self._rope.scaling**2, sin / self._rope.scaling**2
+        self._forth = self._rope.tables(torch.arange(len(self.chunk_of), device=positions.device))

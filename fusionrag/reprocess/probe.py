@@ -12,7 +12,8 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
@@ -21,11 +22,11 @@ from fusionrag.attention import StopForward
 from fusionrag.config import ReuseConfig
 from fusionrag.errors import ConfigError
 from fusionrag.kernels.importance import attention_mass
-from fusionrag.kernels.row_plan import RequestRows, RowPlan, plan_rows
+from fusionrag.kernels.row_plan import RowPlan, plan_rows_of
 from fusionrag.kernels.rows_attention import rows_attention
 from fusionrag.model import LanguageModel
 from fusionrag.reprocess.links import carried_over, repeated_pairs
-from fusionrag.types import KVArrival, PromptPlan, RowGroup, Span
+from fusionrag.types import AttentionObserver, KVArrival, PromptPlan, RowGroup, Span
 
 CACHEBLEND_LAYER = (
     1  # keys and values of layer 0 do not depend on the context, so layer 1 is the first that can deviate
@@ -45,6 +46,7 @@ class ScoreInputs:
     config: ReuseConfig
     seed: int = 0
     arrival: KVArrival | None = None  # stored KV that is still on its way into the span
+    passes: RequestPasses | None = None  # with buffers that stay, where the device has them
 
     @property
     def probe_rows(self) -> tuple[int, int]:
@@ -64,10 +66,8 @@ def attention_scores(inputs: ScoreInputs) -> torch.Tensor:
     `normalize_layers` each layer's mass on the candidates is scaled to 1 first, so that no layer outvotes the others.
     With `carry` some of it also counts where other chunks name the same thing.
     """
-    layers = parse_layers(inputs.config.probe_layers, inputs.model.shape.num_layers)
-    probe = _AttentionProbe(inputs, layers)
-    _run_tail(inputs, probe)
-    carry, candidates, importance = inputs.config.carry, inputs.candidates, probe.importance
+    importance = _tail_attention(inputs)
+    carry, candidates = inputs.config.carry, inputs.candidates
     if carry:
         carried = carried_over(importance, repeated_pairs(inputs.plan, importance.device))
         scale = importance[candidates].sum() / carried[candidates].sum().clamp(min=1e-20)
@@ -78,7 +78,7 @@ def attention_scores(inputs: ScoreInputs) -> torch.Tensor:
 def fusionrag_scores(inputs: ScoreInputs) -> torch.Tensor:
     """The published rule as coded: last layer, keys at canonical positions, softmax within each chunk."""
     probe = _CanonicalProbe(inputs)
-    _run_tail(inputs, probe)
+    _observe(inputs.model, replace(_tail(inputs), observer=probe), inputs.arena)
     return probe.importance
 
 
@@ -130,10 +130,26 @@ def parse_layers(text: str, num_layers: int) -> frozenset[int]:
     return frozenset(layers)
 
 
-def _run_tail(inputs: ScoreInputs, probe: _Probe) -> None:
+def _tail_attention(inputs: ScoreInputs) -> torch.Tensor:
+    """(N,) fp32: mean over the configured layers of the attention that the probing rows pay to each position."""
+    config, model, num_tokens = inputs.config, inputs.model, inputs.plan.num_tokens
+    layers = parse_layers(config.probe_layers, model.shape.num_layers)
+    first, last = inputs.probe_rows
+    is_candidate = torch.zeros(num_tokens, device=model.device).index_fill_(0, inputs.candidates, 1.0)
+    rows = range(first - inputs.plan.tail.start, last - inputs.plan.tail.start)
+    group = _tail(inputs)
+    if inputs.passes is not None:
+        found = inputs.passes.probe(group, layers, rows, config.normalize_layers, is_candidate)
+        if found is not None:
+            return found[:num_tokens]
+    probe = AttentionProbe(inputs.arena, layers, rows, is_candidate, config.normalize_layers)
+    _observe(model, replace(group, observer=probe), inputs.arena)
+    return probe.importance
+
+
+def _tail(inputs: ScoreInputs) -> RowGroup:
     tail = inputs.plan.tail
-    ids, positions = inputs.model.rows(tail.token_ids, tail.start)
-    _observe(inputs.model, RowGroup(inputs.span, ids, positions, observer=probe, arrival=inputs.arrival), inputs.arena)
+    return RowGroup(inputs.span, *inputs.model.rows(tail.token_ids, tail.start), arrival=inputs.arrival)
 
 
 def _observe(model: LanguageModel, group: RowGroup, arena: KVArena) -> None:
@@ -151,53 +167,62 @@ def _deviation(inputs: ScoreInputs, with_keys: bool) -> torch.Tensor:
     return probe.importance
 
 
-class _Probe:
+class AttentionProbe(AttentionObserver):
+    """Adds up the attention that some rows of its group pay to each position; ends the pass when it has seen enough.
+
+    rows: those whose attention counts. is_candidate: (N,) fp32, 1 where a token may be selected, else 0. hidden_rows:
+    (R,) fp32, infinite for rows that do not count after all, 0 for others. plan: of the group's rows alone, without a
+    window; made if None. What the last two hold may change in place.
+    """
+
+    def __init__(
+        self,
+        arena: KVArena,
+        layers: frozenset[int],
+        rows: range,
+        is_candidate: torch.Tensor,
+        normalize_layers: bool,
+        hidden_rows: torch.Tensor | None = None,
+        plan: RowPlan | None = None,
+    ) -> None:
+        self.sums_at, self.importance = layers, torch.zeros_like(is_candidate)
+        self._arena, self._rows, self._is_candidate, self._normalize = arena, rows, is_candidate, normalize_layers
+        self._hidden_rows, self._plan = hidden_rows, plan
+
+    def after_attention(self, layer: int, group: RowGroup, queries: torch.Tensor, sums: torch.Tensor | None) -> None:
+        keys, scaling = self._arena.keys[layer], queries.shape[2] ** -0.5
+        if self._plan is None:
+            self._plan = plan_rows_of(group, queries.shape[1], keys)
+        if sums is None and self._plan.tiles is not None:  # the kernel wants every row's softmax sum
+            sums = torch.empty(queries.shape[:2], dtype=torch.float32, device=queries.device)
+            rows_attention(queries, keys, self._arena.values[layer], self._plan, scaling, lse=sums)
+        if sums is not None and self._hidden_rows is not None:
+            sums = sums + self._hidden_rows[:, None]
+        rows, num_keys = (self._rows.start, self._rows.stop), len(self.importance)
+        mass = attention_mass(queries, keys, self._plan, rows, num_keys, scaling, sums)
+        if self._normalize:
+            mass = mass / torch.dot(mass, self._is_candidate).clamp(min=1e-20)
+        self.importance.add_(mass, alpha=1 / len(self.sums_at))
+        if layer == max(self.sums_at):
+            raise StopForward
+
+
+class RequestPasses(Protocol):
+    """Passes of one request in buffers that stay (`fusionrag.passes`)."""
+
+    def probe(
+        self, group: RowGroup, layers: frozenset[int], rows: range, normalize: bool, is_candidate: torch.Tensor
+    ) -> torch.Tensor | None:
+        """As `AttentionProbe`: at least (N,) importance, valid until the next pass; None where it has no buffers."""
+        ...
+
+
+class _Probe(AttentionObserver):
     """Common parts: where the chunks are, and the scores so far."""
 
     def __init__(self, inputs: ScoreInputs) -> None:
         self.inputs = inputs
         self.importance = torch.zeros(inputs.plan.num_tokens, device=inputs.model.device)
-
-    def before_write(self, layer: int, group: RowGroup, keys: torch.Tensor, values: torch.Tensor) -> None:
-        pass
-
-    def after_write(self, layer: int, group: RowGroup, queries: torch.Tensor) -> None:
-        pass
-
-
-class _AttentionProbe(_Probe):
-    def __init__(self, inputs: ScoreInputs, layers: frozenset[int]) -> None:
-        super().__init__(inputs)
-        self.layers = layers
-        self._rows: RowPlan | None = None  # planned at the first probed layer
-
-    def after_write(self, layer: int, group: RowGroup, queries: torch.Tensor) -> None:
-        if layer in self.layers:
-            last = self.inputs.probe_rows[1]
-            mass = self._mass(layer, group, queries.transpose(0, 1))
-            if self.inputs.config.normalize_layers:
-                mass = mass / mass[self.inputs.candidates].sum().clamp(min=1e-20)
-            self.importance[:last] += mass / len(self.layers)
-        if layer == max(self.layers):
-            raise StopForward
-
-    def _mass(self, layer: int, group: RowGroup, queries: torch.Tensor) -> torch.Tensor:
-        """queries (R, H, D) of the tail → (last,) attention that each position receives from the probing rows."""
-        (first, last), begin = self.inputs.probe_rows, self.inputs.plan.tail.start
-        arena, scaling = self.inputs.arena, queries.shape[2] ** -0.5
-        if self._rows is None:
-            self._rows = self._plan(group, queries.dtype)
-        lse = None
-        if self._rows.tiles is not None:  # the kernel wants every row's softmax sum, which attention gives
-            lse = torch.empty(queries.shape[:2], dtype=torch.float32, device=queries.device)
-            rows_attention(queries, arena.keys[layer], arena.values[layer], self._rows, scaling, lse=lse)
-        return attention_mass(queries, arena.keys[layer], self._rows, (first - begin, last - begin), last, scaling, lse)
-
-    def _plan(self, group: RowGroup, dtype: torch.dtype) -> RowPlan:
-        shape, span = self.inputs.model.shape, group.span
-        rows = [RequestRows(0, group.num_rows, span.start, span.length)]
-        slots = group.positions + span.start
-        return plan_rows(group.positions, slots, rows, shape.num_heads, shape.num_kv_heads, shape.head_dim, dtype)
 
 
 class _CanonicalProbe(_Probe):

@@ -10,6 +10,7 @@ import torch
 
 from fusionrag.arena import KVArena
 from fusionrag.config import ReuseConfig
+from fusionrag.kernels.backend import to_device
 from fusionrag.model import LanguageModel
 from fusionrag.reprocess.blend import GradualFilter
 from fusionrag.reprocess.correct import MeanResidual
@@ -37,4 +38,5 @@ def recompute_observer(
         return GradualFilter(arena, model.rope, selected, model.shape.num_layers)
     if config.correction == 0:
         return None
-    return MeanResidual(arena, model.rope, plan, chunk_of, selected, config.correction)
+    borders = torch.tensor([s.start for s in plan.chunks] + [plan.chunks[-1].stop])
+    return MeanResidual(arena, model.rope, chunk_of, to_device(borders, model.device), config.correction)

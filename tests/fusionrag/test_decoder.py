@@ -7,7 +7,7 @@ import torch
 
 from fusionrag.attention import StopForward
 from fusionrag.graphs import DecodeGraphs
-from fusionrag.types import RowGroup, Span
+from fusionrag.types import AttentionObserver, RowGroup, Span
 
 
 def group(bench, span, num_rows, num_logits, **more):
@@ -16,7 +16,7 @@ def group(bench, span, num_rows, num_logits, **more):
     return RowGroup(span, ids, torch.arange(num_rows), num_logits, **more)
 
 
-class Watcher:
+class Watcher(AttentionObserver):
     """Sees every layer; ends the pass after `last`, if told."""
 
     def __init__(self, last=None):

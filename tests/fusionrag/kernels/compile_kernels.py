@@ -99,7 +99,8 @@ def correct(head_dim: int, rotary_dim: int, dtype: torch.dtype) -> None:
     fresh, arena = torch.empty(2, 40, head_dim, dtype=dtype), torch.empty(2, 2048, head_dim, dtype=dtype)
     cos, bounds = torch.empty(40, rotary_dim // 2), torch.zeros(4, dtype=torch.int64)
     shifts = residual.mean_residual(fresh, fresh, arena, arena, torch.arange(40), bounds, cos, cos, 1.0)
-    shift.shift_(arena, arena, 0, torch.zeros(40, dtype=torch.int64), *shifts, cos, cos)
+    first_slot, chunk_of = torch.zeros(1, dtype=torch.int64), torch.zeros(40, dtype=torch.int64)
+    shift.shift_(arena, arena, first_slot, chunk_of, *shifts, cos, cos)
 
 
 def load_all(head_dim: int, rotary_dim: int, dtype: torch.dtype) -> None:

@@ -16,7 +16,7 @@ from fusionrag.reprocess import probe
 from fusionrag.reprocess.probe import ScoreInputs, parse_layers
 from fusionrag.stitch import CaptureKV
 from fusionrag.store.codec import EncodedKV
-from fusionrag.types import RowGroup
+from fusionrag.types import AttentionObserver, RowGroup
 
 
 def lay(bench, *lengths, num_related=1, **reuse):
@@ -32,14 +32,11 @@ def lay(bench, *lengths, num_related=1, **reuse):
     return ScoreInputs(bench.model, engine.arena, span, plan, stitched.chunk_of, stitched.candidates, config)
 
 
-class Recorder:
+class Recorder(AttentionObserver):
     """The rotated queries of a group's rows, layer by layer."""
 
     def __init__(self):
         self.queries = []
-
-    def before_write(self, layer, group, keys, values):
-        pass
 
     def after_write(self, layer, group, queries):
         self.queries.append(queries.clone())
