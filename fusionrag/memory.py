@@ -17,9 +17,10 @@ from fusionrag.config import EngineConfig, ModelConfig, StoreConfig
 from fusionrag.engine import MAX_ROWS_ALONE
 from fusionrag.errors import ConfigError, ModelError
 from fusionrag.model import model_path, resolve_device, resolve_dtype, shape_of
+from fusionrag.passes import MAX_ROWS
 from fusionrag.store.codec import KVShape, layout
 
-WORKSPACE_BYTES = 1 << 29  # libraries' own memory, captured graphs, and what is lost between allocations
+WORKSPACE_BYTES = 1 << 29  # libraries' own memory, the graphs themselves, and what is lost between allocations
 SLOTS_STEP = 256  # suggested numbers of slots are multiples of it
 MIN_SLOTS = 1024  # fewer hold no prompt worth retrieving for
 CODEC_TOKENS = 512  # of the chunk that tells how many bytes a stored token takes, scales included
@@ -96,7 +97,7 @@ def memory_need(model: Footprint, engine: EngineConfig, device_tier_bytes: int) 
         arena=num_slots * model.slot,
         device_tier=device_tier_bytes,
         kv_on_its_way=max(0, longest * model.stored_token - device_tier_bytes),
-        activations=num_rows * model.row + engine.max_num_requests * model.logits,
+        activations=(num_rows + MAX_ROWS) * model.row + engine.max_num_requests * model.logits,  # of graphs, too
     )
 
 
