@@ -21,7 +21,7 @@ from fusionrag.config import EngineConfig, ModelConfig, PromptConfig, StoreConfi
 from fusionrag.engine import Engine, Prefilled
 from fusionrag.layout import naming
 from fusionrag.live_request import EngineRequest
-from fusionrag.model import LanguageModel, load_model
+from fusionrag.model import LanguageModel, load_model, resolve_device
 from fusionrag.preprocess.job import PreprocessJob
 from fusionrag.prompt import PromptBuilder, Turn
 from fusionrag.sampling import SamplingParams
@@ -93,11 +93,12 @@ class Worker:
     def __init__(self, setup: Setup) -> None:
         if setup.num_threads:
             torch.set_num_threads(setup.num_threads)
+        device = resolve_device(setup.model.device)
+        self._is_on_gpu = device.type == "cuda"
+        if device.index is not None and self._is_on_gpu:  # kernels are launched on the current device
+            torch.cuda.set_device(device)
         self._setup = setup
         self._model: LanguageModel = load_model(setup.model)
-        self._is_on_gpu = self._model.device.type == "cuda"
-        if self._is_on_gpu:  # kernels are launched on the current device
-            torch.cuda.set_device(self._model.device)
         self._prompts = PromptBuilder(self._model.tokenizer, setup.prompt)
 
     def answer(self, task: Task) -> list[Record]:
