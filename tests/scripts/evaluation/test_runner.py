@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from fusionrag.config import EngineConfig, ModelConfig, PreprocessConfig, PromptConfig, ReuseConfig
 from fusionrag.errors import PromptTooLong
@@ -34,6 +35,21 @@ def test_several_workers_give_what_one_gives(setup):
     tasks = [Task(e, {}, GRID) for e in EXAMPLES]
     one = by_key(run(setup, tasks))
     assert len(one) == 12 and by_key(run(setup, tasks, num_workers=2)) == one
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_gpu_gives_what_the_cpu_gives(setup, num_workers):
+    tasks = [Task(e, {}, GRID) for e in EXAMPLES]
+    cpu, gpu = (
+        by_key(run(replace(setup, model=replace(setup.model, device=device, dtype="float32")), tasks, num_workers))
+        for device in ("cpu", "cuda")
+    )
+    assert gpu.keys() == cpu.keys()
+    for key, record in cpu.items():
+        assert gpu[key].prediction == record.prediction
+        assert gpu[key].kl_to_full == pytest.approx(record.kl_to_full, abs=1e-4)
 
 
 def test_part_of_the_grid_gives_what_the_whole_gives(setup):
