@@ -37,7 +37,7 @@ from scripts.bench.random_model import random_model
 from scripts.bench.tiers import Tier, disk_bytes_per_s, forget_files, parse_tier
 from scripts.bench.timing import finish, percentiles
 from scripts.evaluation.datasets import load_dataset
-from scripts.evaluation.runner import parse_method
+from scripts.evaluation.methods import parse_method
 from scripts.options import add_config_flags, build
 from scripts.sample import passages as sample_passages
 

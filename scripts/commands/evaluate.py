@@ -1,37 +1,41 @@
-"""`fusionrag evaluate`: quality of every method against full prefill, on the same questions, chunks and prompt;
-`fusionrag evaluate compare`: two runs, question by question; `fusionrag evaluate tune`: the smallest ratio that keeps a
-quality; `fusionrag evaluate retrieval`: which passages the search modes find.
+"""`fusionrag evaluate`: quality of every method against full prefill, on the same questions, chunks and prompt.
 
-Methods: full, reuse, random, epic, cacheblend, fusionrag, attention, default. Knobs of the reuse configuration can be
-set per method, e.g. `attention:probe_layers=all` or `attention:probe_layers=late+correction=1`. A killed run goes on
-where it stopped when `--records` names a file.
+    report      its tables and figure once more, from records
+    compare     two runs, or one method and its rivals, question by question
+    tune        the smallest ratio that keeps a quality
+    retrieval   which passages the search modes find
+
+Methods: full, reuse, random, epic, cacheblend, cacheblend_gradual, prophetkv, fusionrag, attention, default. Knobs can
+be set per method: of the request, `attention:probe_layers=late+correction=1`, and of the offline job that its KV comes
+from, `fusionrag:num_related=5+related_by=meaning+fuse_behind=all`. `stale_share=0.1` is the quality when so many of the
+passages have changed and the KV behind them was not refreshed. A killed run goes on where it stopped when `--records`
+names a file. `--num-workers` processes take turns on all visible GPUs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
-from fusionrag.config import ModelConfig, ReuseConfig
+from fusionrag.config import ModelConfig
 from fusionrag.errors import ConfigError
-from scripts.commands import evaluate_compare, evaluate_retrieval, evaluate_tune
-from scripts.commands.evaluate_compare import parse_configuration
-from scripts.commands.evaluate_grid import add_run_arguments, answer, numbers, record_log, words
-from scripts.evaluation.datasets import HALVES, Example, hop_order, load_dataset
-from scripts.evaluation.records import Record, f1_by_group, f1_by_type, summarise
-from scripts.evaluation.report import format_differences, format_groups, format_rows, paired_differences, plot_quality
-from scripts.evaluation.runner import configurations, parse_method
+from scripts.commands import evaluate_compare, evaluate_report, evaluate_retrieval, evaluate_tune
+from scripts.commands.evaluate_grid import add_run_arguments, answer, base_of, numbers, record_log, words
+from scripts.commands.evaluate_report import add_report_arguments, print_report
+from scripts.evaluation.datasets import HALVES, load_dataset
+from scripts.evaluation.methods import configurations
+from scripts.evaluation.records import Row, summarise
 from scripts.options import build
 
 OTHERS = {
     "compare": (evaluate_compare, "what changed between two runs, question by question"),
+    "report": (evaluate_report, "tables and figure from the records of runs, without running anything"),
     "tune": (evaluate_tune, "the smallest recompute ratio that keeps a quality, on your own questions"),
     "retrieval": (evaluate_retrieval, "which passages each search mode finds, instead of which answers are given"),
 }
+FROM_RECORDS = ("compare", "report")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,53 +51,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--half", choices=HALVES, help="every other question: settings are chosen on one half, reported on the other"
     )
-    parser.add_argument(
-        "--baseline", help="configuration to compare with, as method@ratio@num_related, e.g. fusionrag@0.15@0"
-    )
-    parser.add_argument("--plot", type=Path, help="write a PNG of quality against ratio and TTFT here")
+    add_report_arguments(parser)
     add_run_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.measure != "compare" and args.dataset is None:
+    if args.measure not in FROM_RECORDS and args.dataset is None:
         raise ConfigError("dataset", "name the file of questions: --dataset FILE")
     if args.measure:
         return int(OTHERS[args.measure][0].run(args))
-    base = build(ReuseConfig, args)
+    base = base_of(args)
     grid = configurations(
         words(args.methods),
         numbers("ratios", args.ratios),
         [int(n) for n in numbers("num_related", args.num_related_list)],
         base,
     )
-    for c in grid:  # a misspelt method fails here, not after an hour
-        parse_method(c.method, base)
     examples = load_dataset(args.dataset, args.limit, half=args.half)
     with record_log(args.records) as log:
         answer(args, examples, grid, base, log)
         wanted = {e.example_id for e in examples}
         records = [r for r in log.records if r.example_id in wanted]
-    _report(args, examples, records)
+    rows = summarise(records)
+    print_report(args, records, rows, examples)
+    if args.json:
+        _write_json(args, rows)
     return 0
 
 
-def _report(args: argparse.Namespace, examples: Sequence[Example], records: Sequence[Record]) -> None:
-    rows = summarise(records)
-    print(format_rows(rows))
-    print("\nF1 by type\n" + format_groups(f1_by_type(records)))
-    orders = {e.example_id: hop_order(e) for e in examples}
-    if any(orders.values()):
-        print("\nF1 by hop order (bridge passage before or after the answer passage)")
-        print(format_groups(f1_by_group(records, orders)))
-    if args.baseline:
-        baseline = parse_configuration("baseline", args.baseline)
-        print("\n" + format_differences(paired_differences(records, baseline), baseline))
-    if args.plot:
-        plot_quality(rows, args.plot)
-        print(f"plot: {args.plot}", file=sys.stderr)
-    if args.json:
-        from fusionrag.model import load_model
-        from scripts.assembly import result
+def _write_json(args: argparse.Namespace, rows: Sequence[Row]) -> None:
+    from fusionrag.model import load_model
+    from scripts.assembly import result
 
-        found = result("evaluate", load_model(build(ModelConfig, args)), args, [asdict(row) for row in rows])
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    found = result("evaluate", load_model(build(ModelConfig, args)), args, [asdict(row) for row in rows])
+    args.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -1,7 +1,9 @@
 """`fusionrag evaluate compare A B`: what changed between two runs, question by question.
 
 A and B are files of `--records`: every configuration that both hold is compared, A minus B. Or one configuration each,
-`runs.jsonl#default@0.1@0` and `runs.jsonl#fusionrag@0.1@0`, of one file or of two.
+`runs.jsonl#default@0.1@0` and `runs.jsonl#fusionrag@0.1@0`, of one file or of two. Or a method and all its rivals:
+`runs.jsonl#default` is compared, at each ratio, with full prefill and everything else in B that ran at that ratio; B is
+the same file if none is named.
 """
 
 from __future__ import annotations
@@ -10,15 +12,21 @@ import argparse
 
 from fusionrag.errors import ConfigError
 from scripts.evaluation.records import Configuration, Record, by_configuration, read_records
-from scripts.evaluation.report import Comparison, compare, format_comparisons
+from scripts.evaluation.report import Comparison, against_all, compare, format_comparisons
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("a", metavar="A", help="FILE, or FILE#method@ratio@num_related")
-    parser.add_argument("b", metavar="B", help="the same; differences are A minus B")
+    parser.add_argument("a", metavar="A", help="FILE, FILE#method@ratio@num_related or FILE#method")
+    parser.add_argument("b", metavar="B", nargs="?", help="FILE or FILE#method@ratio@num_related; A minus B")
 
 
 def run(args: argparse.Namespace) -> int:
+    path, _, method = args.a.partition("#")
+    if method and "@" not in method:
+        print(format_comparisons(against_all(read_records(path), read_records(args.b or path), method)))
+        return 0
+    if args.b is None:
+        raise ConfigError("compare", f"name what to compare {args.a} with")
     a, b = _read(args.a), _read(args.b)
     if ("#" in args.a) != ("#" in args.b):
         raise ConfigError("compare", "name a configuration for both runs or for neither")

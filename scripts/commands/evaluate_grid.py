@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,8 @@ from fusionrag.config import EngineConfig, ModelConfig, PreprocessConfig, Prompt
 from fusionrag.errors import ConfigError
 from index.config import EmbeddingConfig
 from scripts.evaluation.datasets import Example, Passage, load_dataset
-from scripts.evaluation.neighbours import related_passages
+from scripts.evaluation.methods import FULL, Base, Offline, offline_of
+from scripts.evaluation.neighbours import outdated, related_passages
 from scripts.evaluation.records import Configuration, RecordLog
 from scripts.evaluation.runner import Setup, Task
 from scripts.evaluation.runner import run as run_tasks
@@ -52,24 +53,29 @@ def record_log(path: Path | None) -> Iterator[RecordLog]:
         yield RecordLog(path or Path(scratch) / "records.jsonl")
 
 
+def base_of(args: argparse.Namespace) -> Base:
+    """What the knobs of a method are changes of: the flags, where they were given."""
+    preprocess = replace(PreprocessConfig(), related_by=args.related_by, fuse_behind=args.fuse_behind)
+    return Base(build(ReuseConfig, args), preprocess)
+
+
 def answer(
     args: argparse.Namespace,
     examples: Sequence[Example],
     grid: Sequence[Configuration],
-    base: ReuseConfig,
+    base: Base,
     log: RecordLog,
 ) -> None:
     """Adds to the log what it lacks of every question in every configuration."""
-    todo = [e for e in examples if any((e.example_id, c) not in log for c in grid)]
-    most = max(c.num_related for c in grid)
-    extra = read_corpus(args.related_corpus) if args.related_corpus else ()
-    preprocess = replace(PreprocessConfig(), num_related=most, related_by=args.related_by, fuse_behind=args.fuse_behind)
-    everything = load_dataset(args.dataset)  # also of a half or a sample: the corpus is the same
-    related = related_passages(everything, extra, preprocess, build(EmbeddingConfig, args))
+    lacking = {e: [c for c in grid if (e.example_id, c) not in log] for e in examples}
+    todo = {e: (FULL, *(c for c in cs if c != FULL)) for e, cs in lacking.items() if cs}
+    related = _related(args, {offline_of(c, base) for cs in todo.values() for c in cs})
     threads = 1 if args.num_workers > 1 else 0
-    configs = (build(ModelConfig, args), build(PromptConfig, args), build(EngineConfig, args))
-    setup = Setup(*configs, base, args.fuse_behind, threads)
-    tasks = [Task(e, {p: related.get(p, ()) for p in e.passages}, tuple(grid)) for e in todo]
+    setup = Setup(build(ModelConfig, args), build(PromptConfig, args), build(EngineConfig, args), base, threads)
+    tasks = [
+        Task(e, {job: {p: found.get(p, ()) for p in e.passages} for job, found in related.items()}, cs)
+        for e, cs in todo.items()
+    ]
     with tqdm(
         total=len(examples), initial=len(examples) - len(todo), unit="question", desc="evaluate", disable=None
     ) as bar:
@@ -78,6 +84,17 @@ def answer(
                 if record.key not in log:
                     log.append(record)
             bar.update()
+
+
+def _related(args: argparse.Namespace, jobs: Iterable[Offline]) -> dict[Offline, dict[Passage, tuple[Passage, ...]]]:
+    """For each offline job what each passage is fused behind, of the whole dataset: a half or a sample has the same."""
+    extra = read_corpus(args.related_corpus) if args.related_corpus else ()
+    everything, embedding = load_dataset(args.dataset), build(EmbeddingConfig, args)
+    found: dict[PreprocessConfig, dict[Passage, tuple[Passage, ...]]] = {}
+    for job in jobs:
+        if job.preprocess not in found:
+            found[job.preprocess] = related_passages(everything, extra, job.preprocess, embedding)
+    return {job: outdated(found[job.preprocess], job.stale_share) for job in jobs}
 
 
 def words(text: str) -> list[str]:

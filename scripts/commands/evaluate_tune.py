@@ -11,16 +11,14 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from fusionrag.config import ReuseConfig
 from fusionrag.errors import ConfigError
-from scripts.commands.evaluate_grid import add_run_arguments, answer, numbers, record_log
+from scripts.commands.evaluate_grid import add_run_arguments, answer, base_of, numbers, record_log
 from scripts.evaluation.datasets import Example, load_dataset
+from scripts.evaluation.methods import FULL
 from scripts.evaluation.metrics import Interval, bootstrap_ratio
 from scripts.evaluation.records import Configuration, Record, RecordLog, by_configuration, summarise
 from scripts.evaluation.report import format_rows
 from scripts.options import build
-
-FULL = Configuration("full", 1.0, 0)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +40,7 @@ class Tuned:
 
 
 def run(args: argparse.Namespace) -> int:
-    base = build(ReuseConfig, args)
+    base = base_of(args)
     ratios = sorted({*numbers("ratios", args.ratios), 1.0})
     if not (ratios[0] >= 0 and ratios[-1] == 1.0):
         raise ConfigError("ratios", f"must lie in [0, 1], got {args.ratios}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -37,6 +39,28 @@ def related_passages(
         names[: len(own)], vectors[: len(own)], _BruteForce(vectors), dict(enumerate(names)), words, preprocess
     )
     return {pool[int(name)]: tuple(pool[int(other)] for other in others) for name, others in found.items()}
+
+
+def outdated(
+    related: Mapping[Passage, tuple[Passage, ...]], stale_share: float, seed: int = 0
+) -> dict[Passage, tuple[Passage, ...]]:
+    """`related` as it was before that share of its passages was rewritten: what KV that nobody refreshed is behind.
+
+    In place of a passage that has changed stands what it was: its title over another passage's text, so nothing of
+    what it says now. Where KV stands behind one chunk each, no prompt holds that old text, and such KV is never taken;
+    where it stands behind all, the old text is part of what it has seen. Drawn by `seed` and the passage: what changes
+    in a smaller share changes in a larger one too.
+    """
+    pool = list(dict.fromkeys([*related, *(other for others in related.values() for other in others)]))
+
+    @cache
+    def before(passage: Passage) -> Passage:
+        draw = random.Random(f"{seed}:{passage.title}:{passage.text}")
+        if draw.random() >= stale_share:
+            return passage
+        return Passage(passage.title, draw.choice([p.text for p in pool if p != passage]))
+
+    return {passage: tuple(map(before, others)) for passage, others in related.items()}
 
 
 @dataclass(frozen=True)

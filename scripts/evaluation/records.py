@@ -147,6 +147,15 @@ def read_records(path: str | Path) -> list[Record]:
     return _read(Path(path))[0]
 
 
+def merged(paths: Iterable[str | Path]) -> list[Record]:
+    """The records of several files of one dataset; where two hold the same question and configuration, the first's."""
+    found: dict[tuple[str, Configuration], Record] = {}
+    for path in paths:
+        for record in read_records(path):
+            found.setdefault(record.key, record)
+    return list(found.values())
+
+
 def by_configuration(records: Iterable[Record]) -> dict[Configuration, list[Record]]:
     """Records per configuration, both in order of first appearance. Raises RecordError if a key appears twice."""
     groups: dict[Configuration, dict[str, Record]] = {}

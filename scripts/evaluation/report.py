@@ -7,6 +7,7 @@ Invariant: a difference is taken over the questions that both configurations ans
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from scripts.evaluation.metrics import Interval, paired_bootstrap
 from scripts.evaluation.records import Configuration, GroupRow, Record, Row, by_configuration
 
 _KNOBS = ("method", "ratio", "related")
+_DIFFERENCES = ("F1", "NLL", "KL", "max |KL|", "same", "n")
 _RATIO, _TTFT = "recomputed share of the reused tokens (%)", "time to first token (ms, median)"
 _F1, _KL = "F1 (percent points)", "KL to full prefill (nats)"
 _PANELS = (
@@ -27,12 +29,17 @@ _PANELS = (
 
 @dataclass(frozen=True)
 class Difference:
-    """Configuration minus baseline over their `n` common questions: F1 in percent points, the others in nats."""
+    """Configuration minus baseline over their `n` common questions: F1 in percent points, the others in nats.
+
+    num_same: questions with the same answer, letter by letter; max_kl: the largest difference of one question.
+    """
 
     configuration: Configuration
     f1: Interval
     answer_nll: Interval
     kl_to_full: Interval
+    num_same: int
+    max_kl: float
     n: int
 
 
@@ -54,10 +61,25 @@ def compare(a: Sequence[Record], b: Sequence[Record]) -> Comparison | None:
     return Comparison(a[0].configuration, b[0].configuration, _difference(a[0].configuration, pairs))
 
 
+def against_all(a: Iterable[Record], b: Iterable[Record], method: str) -> list[Comparison]:
+    """`method`, as `a` has it, against full prefill and every other configuration of `b` at the same ratio.
+
+    Raises RecordError if `a` does not hold the method.
+    """
+    ours, others = by_configuration(a), by_configuration(b)
+    found = []
+    for left in sorted((c for c in ours if c.method == method), key=lambda c: c.recompute_ratio):
+        rivals = [c for c in others if c != left and (c.recompute_ratio == left.recompute_ratio or c.method == "full")]
+        found += [compare(ours[left], others[c]) for c in rivals]
+    if not any(c.method == method for c in ours):
+        raise RecordError(f"method {method!r} was not run; run are {', '.join(dict.fromkeys(c.method for c in ours))}")
+    return [comparison for comparison in found if comparison is not None]
+
+
 def format_comparisons(comparisons: Sequence[Comparison]) -> str:
     """Each comparison as a line of an aligned table: both configurations, then the differences with intervals."""
     cells = [[_label(c.a), _label(c.b), *_difference_cells(c.difference)] for c in comparisons]
-    return "A minus B [95 % interval]\n" + table(["A", "B", "F1", "NLL", "KL", "n"], cells)
+    return "A minus B [95 % interval]\n" + table(["A", "B", *_DIFFERENCES], cells)
 
 
 def paired_differences(records: Iterable[Record], baseline: Configuration) -> list[Difference]:
@@ -81,7 +103,7 @@ def format_rows(rows: Sequence[Row]) -> str:
 
 def format_differences(differences: Sequence[Difference], baseline: Configuration) -> str:
     """The differences as an aligned table under a line that names the baseline."""
-    header = [*_KNOBS, "F1", "NLL", "KL", "n"]
+    header = [*_KNOBS, *_DIFFERENCES]
     cells = [[*_knobs(d.configuration), *_difference_cells(d)] for d in differences]
     return f"difference to {_label(baseline)} [95 % interval]\n{table(header, cells)}"
 
@@ -100,7 +122,8 @@ def format_groups(rows: Sequence[GroupRow]) -> str:
 def plot_quality(rows: Sequence[Row], path: str | Path) -> None:
     """Writes a PNG: F1, and KL to full prefill, against the ratio; F1 against TTFT. A line a method and num_related.
 
-    Against the ratio, `full` and `reuse` are horizontal lines. Raises PlotError without matplotlib.
+    Against the ratio, `full` and `reuse` are horizontal lines; ratio 1 of other methods, which is `full`, is left out.
+    Raises PlotError without matplotlib.
     """
     try:
         matplotlib = importlib.import_module("matplotlib.figure")  # not pyplot: no display, no global state
@@ -111,6 +134,8 @@ def plot_quality(rows: Sequence[Row], path: str | Path) -> None:
     axes = figure.subplots(1, len(_PANELS))
     series: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
+        if row.recompute_ratio == 1 and row.method != "full":
+            continue
         series.setdefault((row.method, row.num_related), []).append(row)
     for axis, (across, across_title, up, up_title) in zip(axes, _PANELS, strict=True):
         for place, ((method, num_related), members) in enumerate(series.items()):
@@ -134,14 +159,16 @@ def _difference(configuration: Configuration, pairs: list[tuple[Record, Record]]
         ours, theirs = ([scale * getattr(pair[side], field) for pair in pairs] for side in (0, 1))
         return paired_bootstrap(ours, theirs)
 
-    return Difference(
-        configuration, interval("f1", 100), interval("answer_nll", 1), interval("kl_to_full", 1), len(pairs)
-    )
+    num_same = sum(ours.prediction == theirs.prediction for ours, theirs in pairs)
+    max_kl = max(abs(ours.kl_to_full - theirs.kl_to_full) for ours, theirs in pairs)
+    intervals = interval("f1", 100), interval("answer_nll", 1), interval("kl_to_full", 1)
+    return Difference(configuration, *intervals, num_same, max_kl, len(pairs))
 
 
 def _difference_cells(difference: Difference) -> list[str]:
     d = difference
-    return [_interval(d.f1, 1), _interval(d.answer_nll, 3), _interval(d.kl_to_full, 3), str(d.n)]
+    intervals = [_interval(d.f1, 1), _interval(d.answer_nll, 3), _interval(d.kl_to_full, 3)]
+    return [*intervals, f"{d.max_kl:.1e}", str(d.num_same), str(d.n)]
 
 
 def _row_cells(row: Row) -> list[str]:
@@ -155,7 +182,7 @@ def _row_cells(row: Row) -> list[str]:
         "-" if row.normalized_f1 is None else f"{row.normalized_f1:.2f}",
         f"{row.recomputed_tokens:.0f}",
         f"{row.prompt_tokens:.0f}",
-        f"{row.ttft_ms_p50:.1f}",
+        "-" if math.isnan(row.ttft_ms_p50) else f"{row.ttft_ms_p50:.1f}",
         str(row.n),
     ]
 

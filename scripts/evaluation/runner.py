@@ -11,17 +11,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
+from multiprocessing.queues import SimpleQueue
 
 import torch
 
-from fusionrag.config import METHODS, EngineConfig, ModelConfig, PromptConfig, ReuseConfig
+from fusionrag.config import EngineConfig, ModelConfig, PromptConfig, StoreConfig
 from fusionrag.engine import Engine, Prefilled
-from fusionrag.errors import ConfigError
 from fusionrag.layout import naming
 from fusionrag.live_request import EngineRequest
-from fusionrag.model import LanguageModel, load_model
+from fusionrag.model import LanguageModel, load_model, resolve_device
 from fusionrag.preprocess.job import PreprocessJob
 from fusionrag.prompt import PromptBuilder, Turn
 from fusionrag.sampling import SamplingParams
@@ -29,6 +29,7 @@ from fusionrag.store import MemoryStore
 from fusionrag.types import PromptChunk, PromptPlan
 from index.types import chunk_id_of
 from scripts.evaluation.datasets import Example, Passage
+from scripts.evaluation.methods import Base, Offline, offline_of, reuse_of
 from scripts.evaluation.metrics import exact_match, f1_score, kl_to_full
 from scripts.evaluation.records import Configuration, Record
 
@@ -42,69 +43,48 @@ class Setup:
     model: ModelConfig
     prompt: PromptConfig
     engine: EngineConfig
-    reuse: ReuseConfig  # what a method's knobs are changed from
-    fuse_behind: str = "each"
+    base: Base
     num_threads: int = 0  # of torch, per worker; 0 leaves torch's choice
 
 
 @dataclass(frozen=True)
 class Task:
-    """One question with the passages its chunks are fused behind: passage → related passages, nearest first."""
+    """One question, and for each offline job what its passages are fused behind: passage → related passages."""
 
     example: Example
-    related: Mapping[Passage, tuple[Passage, ...]]
+    related: Mapping[Offline, Mapping[Passage, tuple[Passage, ...]]]
     configurations: tuple[Configuration, ...]
 
 
-def parse_method(text: str, base: ReuseConfig) -> ReuseConfig:
-    """'attention' or 'attention:probe_layers=late+correction=1': a method and knobs of ReuseConfig to change.
-
-    Raises ConfigError naming the method or the knob.
-    """
-    name, _, knobs = text.partition(":")
-    if name == "default":
-        name = base.method
-    if name not in METHODS:
-        raise ConfigError("methods", f"unknown method {name!r}; one of default, {', '.join(METHODS)}")
-    changes: dict[str, object] = {}
-    kinds = {f.name: type(getattr(base, f.name)) for f in fields(base)}
-    for knob in filter(None, knobs.split("+")):
-        key, _, value = knob.partition("=")
-        if key not in kinds:
-            raise ConfigError("methods", f"{text!r}: unknown knob {key!r}; one of {', '.join(kinds)}")
-        kind = kinds[key]
-        changes[key] = value.lower() in ("1", "true", "yes") if kind is bool else kind(value)
-    return replace(base.with_method(name), **changes)  # type: ignore[arg-type]
-
-
-def configurations(
-    methods: Sequence[str], ratios: Sequence[float], num_related: Sequence[int], base: ReuseConfig
-) -> tuple[Configuration, ...]:
-    """The grid. `full` and `reuse` have one ratio each, and `full` does not depend on the related chunks.
-
-    `full` is always first: everything else is measured against it.
-    """
-    grid = [Configuration("full", 1.0, 0)]
-    for related in num_related:
-        for method in methods:
-            kind = parse_method(method, base).method
-            if kind == "reuse":
-                grid.append(Configuration(method, 0.0, related))
-            elif kind != "full":
-                grid += [Configuration(method, ratio, related) for ratio in ratios]
-    return tuple(dict.fromkeys(grid))
-
-
 def run(setup: Setup, tasks: Sequence[Task], num_workers: int = 1) -> Iterator[list[Record]]:
-    """The records of one question at a time, in order of completion."""
+    """The records of one question at a time, in order of completion. Several workers take turns on all visible GPUs.
+
+    With several workers a question that fails costs the others nothing; what it raised is raised at the end.
+    """
     if num_workers <= 1:
         worker = Worker(setup)
         yield from (worker.answer(task) for task in tasks)
         return
     context = get_context("spawn")
-    with ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(setup,)) as pool:
+    places: SimpleQueue[str] = context.SimpleQueue()
+    for place in devices(setup.model.device, num_workers):
+        places.put(place)
+    failed: BaseException | None = None
+    with ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(setup, places)) as pool:
         for future in as_completed([pool.submit(_answer, task) for task in tasks]):
-            yield future.result()
+            if future.exception() is None:
+                yield future.result()
+            failed = failed or future.exception()
+    if failed is not None:
+        raise failed
+
+
+def devices(device: str, num_workers: int, num_gpus: int | None = None) -> list[str]:
+    """Where each worker runs: 'cuda' and 'auto' mean every GPU in turn (`num_gpus`, else those torch sees)."""
+    num_gpus = torch.cuda.device_count() if num_gpus is None else num_gpus
+    if device not in ("auto", "cuda") or num_gpus == 0:
+        return [device] * num_workers
+    return [f"cuda:{i % num_gpus}" for i in range(num_workers)]
 
 
 class Worker:
@@ -113,30 +93,37 @@ class Worker:
     def __init__(self, setup: Setup) -> None:
         if setup.num_threads:
             torch.set_num_threads(setup.num_threads)
+        device = resolve_device(setup.model.device)
+        self._is_on_gpu = device.type == "cuda"
+        if device.index is not None and self._is_on_gpu:  # kernels are launched on the current device
+            torch.cuda.set_device(device)
         self._setup = setup
         self._model: LanguageModel = load_model(setup.model)
         self._prompts = PromptBuilder(self._model.tokenizer, setup.prompt)
 
     def answer(self, task: Task) -> list[Record]:
         """One record per configuration, `full` first."""
-        example, store = task.example, MemoryStore()
-        engine = Engine(self._model, store, replace(self._setup.engine, route="reuse"))
-        plans: dict[int, PromptPlan] = {}
+        example, store = task.example, MemoryStore(is_decoded=not self._is_on_gpu)
+        tier = StoreConfig().device_tier_bytes if self._is_on_gpu else 0
+        engine = Engine(self._model, store, replace(self._setup.engine, route="reuse"), device_tier_bytes=tier)
+        plans: dict[Offline, PromptPlan] = {}
         records: list[Record] = []
         full_logits: torch.Tensor | None = None
         for configuration in task.configurations:
-            if configuration.num_related not in plans:
-                plans[configuration.num_related] = self._prepare(task, configuration.num_related, store)
-            prefilled = self._prefill(engine, plans[configuration.num_related], configuration)
+            offline = offline_of(configuration, self._setup.base)
+            if offline not in plans:
+                plans[offline] = self._prepare(task, offline, store)
+            prefilled = self._prefill(engine, plans[offline], configuration)
             logits = prefilled.logits.cpu()
             full_logits = logits if full_logits is None else full_logits
             records.append(self._record(example, configuration, prefilled, full_logits))
             prefilled.release()
         return records
 
-    def _prepare(self, task: Task, num_related: int, store: MemoryStore) -> PromptPlan:
-        """Computes the KV of the question's chunks behind `num_related` related ones, and lays out the prompt."""
+    def _prepare(self, task: Task, offline: Offline, store: MemoryStore) -> PromptPlan:
+        """Computes the KV of the question's chunks behind their related ones, and lays out the prompt."""
         token_ids_of: dict[str, tuple[int, ...]] = {}
+        fuse_behind, related = offline.preprocess.fuse_behind, task.related.get(offline, {})
 
         def chunk_id(passage: Passage) -> str:
             token_ids = tuple(self._prompts.encode(passage.title, passage.text))
@@ -146,10 +133,10 @@ class Worker:
         chunks, here = [], {chunk_id(passage) for passage in task.example.passages}
         for passage in task.example.passages:
             name = chunk_id(passage)
-            near = tuple(chunk_id(other) for other in task.related.get(passage, ())[:num_related])
-            if self._setup.fuse_behind == "each":  # what no chunk of this prompt is behind would not be looked for
+            near = tuple(chunk_id(other) for other in related.get(passage, ()))
+            if fuse_behind == "each":  # what no chunk of this prompt is behind would not be looked for
                 near = tuple(other for other in near if other in here)
-            chunks.append(PromptChunk(name, token_ids_of[name], near, self._setup.fuse_behind))
+            chunks.append(PromptChunk(name, token_ids_of[name], near, fuse_behind))
         names = naming(self._model, "none", self._prompts.prefix_ids)
         job = PreprocessJob(self._model, store, names, token_ids_of, self._setup.engine)
         for _ in job.run(list(dict.fromkeys(chunks))):
@@ -157,10 +144,11 @@ class Worker:
         return self._prompts.plan(chunks, (Turn("user", task.example.question),))
 
     def _prefill(self, engine: Engine, plan: PromptPlan, configuration: Configuration) -> Prefilled:
-        reuse = replace(
-            parse_method(configuration.method, self._setup.reuse), recompute_ratio=configuration.recompute_ratio
-        )
+        """On a GPU the second of two runs: the first compiles kernels and brings the KV to the device."""
+        reuse = reuse_of(configuration, self._setup.base)
         sampling = SamplingParams(max_tokens=MAX_ANSWER_TOKENS * 4, seed=0)
+        if self._is_on_gpu:
+            engine.prefill(EngineRequest("warm up", plan, sampling, reuse, time.perf_counter())).release()
         return engine.prefill(EngineRequest("evaluate", plan, sampling, reuse, time.perf_counter()))
 
     def _record(
@@ -208,9 +196,9 @@ class Worker:
 _worker: Worker | None = None  # of a spawned process; a process pool has no other place for what each worker keeps
 
 
-def _start_worker(setup: Setup) -> None:
+def _start_worker(setup: Setup, places: SimpleQueue[str]) -> None:
     global _worker
-    _worker = Worker(setup)
+    _worker = Worker(replace(setup, model=replace(setup.model, device=places.get())))
 
 
 def _answer(task: Task) -> list[Record]:

@@ -433,6 +433,52 @@ def test_evaluate_compare_pairs_two_runs_and_two_configurations(tmp_path, tiny_m
     assert main(["evaluate", "compare", f"{a}#default@0.7@0", f"{b}#reuse@0@0"]) == 2
 
 
+def test_evaluate_compare_and_report_show_a_method_among_its_rivals_from_records_alone(
+    tmp_path, tiny_model, questions, capsys
+):
+    shared = ["evaluate", "--dataset", str(questions), "--model", str(tiny_model), "--methods"]
+    a, b, figure = (str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "quality.png"))
+    assert main([*shared, "full,reuse,default", "--records", a]) == 0
+    expected = capsys.readouterr().out
+    assert main([*shared, "epic,prophetkv", "--records", b]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", "report", a]) == 0
+    assert capsys.readouterr().out == expected
+    assert main(["evaluate", "report", a, b, "--ttft-from", b, "--plot", figure]) == 0
+    table = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    assert [line.split()[0] for line in table[1:]] == ["full", "reuse", "default", "epic", "prophetkv"]
+    assert [line.split()[-2] == "-" for line in table[1:]] == [False, True, True, False, False]
+    assert Path(figure).read_bytes().startswith(b"\x89PNG")
+    assert main(["evaluate", "compare", f"{a}#default", b]) == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert len(lines) == 3 and all(line.startswith("default (ratio 0.15, 0 related)") for line in lines)
+    assert main(["evaluate", "compare", a]) == 2 and "what to compare" in capsys.readouterr().err
+
+
+def test_evaluate_takes_knobs_of_the_offline_job_and_stale_neighbours(tmp_path, tiny_model, questions):
+    """All neighbours of one chunk each changed: only raw KV is left. None changed: as without the knob."""
+    methods = [
+        "default:num_related=0",
+        "default",
+        *(f"default:stale_share={share}" for share in (0, 1)),
+        "default:fuse_behind=all",
+        *(f"default:fuse_behind=all+stale_share={share}" for share in (0, 1)),
+    ]
+    out = tmp_path / "records.jsonl"
+    args = ["evaluate", "--dataset", questions, "--model", tiny_model, "--related-by", "words", "--num-related", 2]
+    assert main([*map(str, args), "--methods", ",".join(methods), "--ratios", "0,0.3", "--records", str(out)]) == 0
+    found: dict[tuple[str, float, int], list[float]] = {}
+    for record in map(json.loads, out.read_text().splitlines()):
+        key = record["method"], record["recompute_ratio"], record["num_related"]
+        found.setdefault(key, []).append(record["kl_to_full"])
+    for ratio in (0, 0.3):
+        raw, each, every = found["default", ratio, 0], found["default", ratio, 2], "default:fuse_behind=all"
+        assert found["default:stale_share=1", ratio, 2] == raw
+        assert found["default:stale_share=0", ratio, 2] == each != raw
+        assert found[f"{every}+stale_share=0", ratio, 2] == found[every, ratio, 2]
+        assert found[f"{every}+stale_share=1", ratio, 2] not in (found[every, ratio, 2], raw)
+
+
 def test_evaluate_tune_finds_a_ratio_and_reports_it_on_the_other_half(tmp_path, tiny_model, questions, capsys):
     out = tmp_path / "tuned.json"
     args = ["evaluate", "tune", "--dataset", questions, "--model", tiny_model, "--ratios", "0,0.5", "--json", out]

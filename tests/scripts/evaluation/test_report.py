@@ -16,6 +16,9 @@ from scripts.evaluation.errors import RecordError
 from scripts.evaluation.metrics import Interval
 from scripts.evaluation.records import Configuration, Record, Row, f1_by_type, summarise
 from scripts.evaluation.report import (
+    against_all,
+    compare,
+    format_comparisons,
     format_differences,
     format_groups,
     format_rows,
@@ -77,6 +80,31 @@ def test_differences_are_paired_over_common_questions() -> None:
     assert (difference.f1.mean, difference.f1.low, difference.f1.high) == pytest.approx((25.0, 25.0, 25.0))
     assert difference.answer_nll == Interval(-0.5, -0.5, -0.5)
     assert difference.kl_to_full == Interval(0, 0, 0)
+
+
+def test_same_answers_and_the_largest_difference_in_kl_are_told() -> None:
+    """What says whether two runs, on two devices perhaps, agree."""
+    run = small_run()
+    other = [replace(run[0], prediction="other", kl_to_full=0.75), *run[1:12]]
+    found = compare(run[:12], other)
+    assert found is not None and (found.difference.num_same, found.difference.max_kl) == (11, 0.25)
+    assert "2.5e-01    11  12" in format_comparisons([found])
+
+
+def test_a_method_meets_full_prefill_and_every_rival_at_its_own_ratios() -> None:
+    ours = [Configuration("default", ratio, 3) for ratio in (0.1, 0.05)]
+    rivals = [Configuration("epic", ratio, 0) for ratio in (0.05, 0.1, 0.3)]
+    everything = [Configuration("full", 1.0, 0), REUSE, *ours, *rivals]
+    run = [record(c, question, 0.5) for c in everything for question in ("p", "q")]
+    pairs = [(c.a, c.b) for c in against_all(run, run, "default")]
+    assert pairs == [
+        (ours[1], everything[0]),
+        (ours[1], rivals[0]),
+        (ours[0], everything[0]),
+        (ours[0], rivals[1]),
+    ]
+    with pytest.raises(RecordError, match="'attention' was not run; run are full, reuse, default, epic"):
+        against_all(run, run, "attention")
 
 
 def test_differences_do_not_depend_on_the_order_of_questions() -> None:
