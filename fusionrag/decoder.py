@@ -11,19 +11,38 @@ Knows nothing of chunks, requests or stored KV; what attends to what is the `For
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn.functional import linear, rms_norm
 
 from fusionrag.attention import ForwardStep
+from fusionrag.kernels.add_norm import add_norm
 from fusionrag.kernels.swiglu import silu_mul
 
 WINDOW_OF_ALL_LAYERS = ("mistral", "mixtral", "phi3")  # families whose configuration has one window for all layers
 
 
+@dataclass(frozen=True)
+class Stream:
+    """Hidden states (R, hidden size) as a sum that is not added up yet: the norm behind it does that on its way."""
+
+    hidden: torch.Tensor
+    branch: torch.Tensor | None = None
+
+    def normed(self, module: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum and its RMS norm."""
+        if self.branch is None:
+            return self.hidden, norm(self.hidden, module)
+        return add_norm(self.hidden, self.branch, module.weight, module.variance_epsilon)
+
+    def total(self) -> torch.Tensor:
+        return self.hidden if self.branch is None else self.hidden + self.branch
+
+
 class DecoderLayer:
-    """One layer's modules and the three functions of hidden states that they make up. hidden: (R, hidden size)."""
+    """One layer's modules and the functions of hidden states that they make up."""
 
     def __init__(self, layer: Any, config: Any) -> None:
         self._attention, self._mlp = layer.self_attn, layer.mlp
@@ -36,19 +55,19 @@ class DecoderLayer:
         self.scaling: float = self._attention.scaling
         self._is_swiglu = config.hidden_act == "silu" and hasattr(self._mlp, "gate_proj")
 
-    def project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """queries (R, H, D), keys and values (R, G, D), all before rotation."""
-        attention, normed = self._attention, norm(hidden, self._input_norm)
+    def project(self, stream: Stream) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The stream's sum (R, hidden size), queries (R, H, D), keys and values (R, G, D), all before rotation."""
+        attention, (hidden, normed) = self._attention, stream.normed(self._input_norm)
         projected = linear(normed, *self._qkv).split([n * self._head_dim for n in self._sizes], dim=-1)  # type: ignore[no-untyped-call]
         queries, keys, values = (p.view(-1, n, self._head_dim) for p, n in zip(projected, self._sizes, strict=True))
         if hasattr(attention, "q_norm"):
             queries, keys = norm(queries, attention.q_norm), norm(keys, attention.k_norm)
-        return queries, keys, values
+        return hidden, queries, keys, values
 
-    def finish(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    def finish(self, hidden: torch.Tensor, attended: torch.Tensor) -> Stream:
         """attended: (R, H, D). The layer's output: both residual branches added to `hidden`."""
-        hidden = hidden + self._attention.o_proj(attended.flatten(1))
-        return hidden + self._run_mlp(norm(hidden, self._mlp_norm))
+        hidden, normed = Stream(hidden, self._attention.o_proj(attended.flatten(1))).normed(self._mlp_norm)
+        return Stream(hidden, self._run_mlp(normed))
 
     def _run_mlp(self, normed: torch.Tensor) -> torch.Tensor:
         mlp = self._mlp
@@ -105,19 +124,18 @@ class Decoder:
         Of the model's last layer that is (W, hidden size), the step's wanted rows in order: the others leave after its
         keys and values are written, because nothing later reads them.
         """
-        last = len(self.layers) - 1
+        last, stream = len(self.layers) - 1, Stream(hidden)
         for i in layers:
             layer = self.layers[i]
-            queries, keys, values = layer.project(hidden)
+            hidden, queries, keys, values = layer.project(stream)
             queries = step.write(i, queries, keys, values)
             if i == last and not step.is_watched(i):
                 hidden, queries, step = hidden[step.wanted], queries[step.wanted], step.of_wanted()
                 if not len(hidden):
-                    break
-            hidden = layer.finish(hidden, step.attend(i, queries, layer.scaling, layer.window))
-            if i == last and step.is_watched(i):
-                hidden = hidden[step.wanted]
-        return hidden
+                    return hidden
+            stream = layer.finish(hidden, step.attend(i, queries, layer.scaling, layer.window))
+        hidden = stream.total()
+        return hidden[step.wanted] if last in layers and step.is_watched(last) else hidden
 
     def finish(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the head takes."""

@@ -28,7 +28,6 @@ from fusionrag.types import KVArrival, KVSource, KVSpec, Span
 
 NUM_READERS = 8  # files read at the same time: one does not fill a drive
 LAYERS_AT_ONCE = 7  # per copy: large enough for the link's full speed, small enough to begin early
-QUEUED_AHEAD = 1  # runs of layers beyond the one that is waited for: the link must not run dry
 
 
 @dataclass(frozen=True)
@@ -147,8 +146,8 @@ class CpuLoader(_Finder):
 class LayerArrival:
     """KV on its way over the link, some layers at a time.
 
-    Queueing a copy takes the host time too, so layers are queued shortly before they are waited for, while the device
-    runs the layers before them.
+    Queueing a copy takes the host time too, so layers are queued when something has been queued that runs meanwhile:
+    a run of layers when its first layer is waited for, and no later than the second layer of the run before it.
     """
 
     def __init__(self, queue: Callable[[slice], torch.cuda.Event], num_layers: int, begin: torch.cuda.Event) -> None:
@@ -157,13 +156,15 @@ class LayerArrival:
         self._runs = [slice(first, min(first + LAYERS_AT_ONCE, num_layers)) for first in firsts]
         self._queue, self._begin = queue, begin
         self._events = list[torch.cuda.Event]()
-        self._queue_until(QUEUED_AHEAD)
+        self._queue_until(0)
 
     def wait(self, layer: int) -> None:
         own = layer // LAYERS_AT_ONCE
         self._queue_until(own)
-        torch.cuda.current_stream().wait_event(self._events[own])
-        self._queue_until(own + QUEUED_AHEAD)
+        if layer % LAYERS_AT_ONCE:  # waited for already
+            self._queue_until(own + 1)
+        else:
+            torch.cuda.current_stream().wait_event(self._events[own])
 
     def wait_for_all(self) -> None:
         self.queue_all()

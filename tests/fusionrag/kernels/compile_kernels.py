@@ -22,6 +22,7 @@ from triton.runtime.jit import JITFunction
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
 from fusionrag.kernels import (
+    add_norm,
     backend,
     importance,
     load,
@@ -66,7 +67,7 @@ def compile_instead_of_launching(capability: int) -> list[tuple[str, Any]]:
 
     JITFunction.run = run
     triton.runtime.driver.set_active(Target(capability))
-    for module in (importance, load, prepare_rows, residual, row_plan, rows_attention, shift, swiglu):
+    for module in (add_norm, importance, load, prepare_rows, residual, row_plan, rows_attention, shift, swiglu):
         module.takes = lambda *_, **__: True
     row_plan.has_wgmma = lambda _: capability == 90
     rows_attention_hopper.takes = lambda _, dtype, head_dim, window: (
@@ -123,6 +124,8 @@ def compile_all() -> None:
         prepare(head_dim, rotary_dim, torch.bfloat16)
         correct(head_dim, rotary_dim, torch.bfloat16)
         load_all(head_dim, rotary_dim, torch.bfloat16)
+    width = torch.empty(4, 3584, dtype=torch.bfloat16)
+    add_norm.add_norm(width, width, width[0], 1e-6)
     swiglu.silu_mul(torch.empty(4, 8192, dtype=torch.bfloat16), torch.empty(4, 8192, dtype=torch.bfloat16))
 
 
