@@ -37,8 +37,8 @@ test-kernels: setup ## the GPU kernels without a GPU: interpreted, and compiled 
 	$(PIP) install -q -c constraints.txt triton
 	$(BIN)/python -m pytest -q --durations=5 tests/fusionrag/kernels
 
-test-gpu: setup ## engine, kernels and evaluation on this machine's GPU, the Hopper kernel too
-	FUSIONRAG_HOPPER_KERNEL=1 $(BIN)/python -m pytest -q -m gpu tests/fusionrag tests/scripts/evaluation
+test-gpu: setup ## engine, kernels and evaluation on this machine's GPU
+	$(BIN)/python -m pytest -q -m gpu tests/fusionrag tests/scripts/evaluation
 
 check: setup ## formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -69,11 +69,17 @@ class DeviceKV:
         return views
 
     def copy_layers_(self, payload: EncodedKV, layers: slice) -> None:
-        """Queues the copy of these layers from host memory on the current stream."""
+        """Queues the copy of these layers from host memory on the current stream.
+
+        Scales are small and come with layer 0, those of all layers: a copy costs the host more than the link.
+        """
         first, num_layers = layers.start, layers.stop - layers.start
         for name, target in self._bytes_of_layers.items():
-            source = payload.bytes_of_layers[name].narrow(0, first, num_layers)
-            target.narrow(0, first, num_layers).copy_(source, non_blocking=True)
+            source = payload.bytes_of_layers[name]
+            if name == "kv":
+                source, target = source.narrow(0, first, num_layers), target.narrow(0, first, num_layers)
+            if name == "kv" or first == 0:
+                target.copy_(source, non_blocking=True)
 
 
 class DeviceTier:
