@@ -13,6 +13,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -53,6 +54,7 @@ class Case:
     method: str
     recompute_ratio: float
     tier: str = "-"
+    is_routed: bool = False  # the router may take another way than the one asked for
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=5, help="runs of each after one warm-up (default: %(default)s)")
     parser.add_argument(
         "--stock", action=argparse.BooleanOptionalAction, default=True, help="also time stock transformers"
+    )
+    parser.add_argument(
+        "--router", action="store_true", help="time each method with the router's choice, too; 'way' says what it took"
     )
     parser.add_argument("--json", type=Path, help="write the result here as well")
     parser.add_argument("--plot", type=Path, help="write a PNG of the phases here")
@@ -165,6 +170,8 @@ class _Bench:
         model, args = self._model, self._args
         num_bytes = tier.num_bytes(model, self._lengths)
         engine = tier.engine(model, self._folder, build(StoreConfig, args), build(EngineConfig, args), num_bytes)
+        if args.router:
+            engine.calibrate()
         chunks = [s.chunk for s in self._plan.chunks if s.chunk is not None]
         names, prefix = engine.prefix(self._plan.prefix.token_ids)
         token_ids_of = {c.chunk_id: c.token_ids for c in chunks}
@@ -193,6 +200,7 @@ class _Bench:
         reuse = replace(parse_method(case.method, self._base), recompute_ratio=case.recompute_ratio)
         sampling = SamplingParams(max_tokens=1, ignore_eos=True)
         request = EngineRequest("bench", self._plan, sampling, reuse, time.perf_counter())
+        engine.config = replace(engine.config, route="auto" if case.is_routed else "reuse")
         stats = engine.generate(request)[-1].stats
         assert stats is not None
         return Measured(stats.ttft_ms, stats)
@@ -208,10 +216,11 @@ class _Bench:
             else {}
         )
         return {
-            "method": case.method,
+            "method": case.method + ", routed" * case.is_routed,
             "tier": case.tier,
             "prompt_tokens": self._plan.num_tokens,
             "recompute_ratio": case.recompute_ratio,
+            "way": Counter(s.way for s in stats).most_common(1)[0][0] if stats else "full",
             **percentiles("ttft_ms", [m.ttft_ms for m in measured]),
             "speedup_vs_full": round(full_ms / _median(measured), 2),
             "floor_ms": round(floor.ttft_ms, 2),
@@ -261,18 +270,19 @@ def _chunks(args: argparse.Namespace, prompts: PromptBuilder, num_chunks: int) -
 
 def _cases(args: argparse.Namespace) -> list[Case]:
     ratios = [float(r) for r in args.ratios.split(",")]
-    return [Case("reuse", 0.0), *(Case(m, r) for m in args.methods.split(",") for r in ratios)]
+    asked = [Case(m, r) for m in args.methods.split(",") for r in ratios]
+    return [Case("reuse", 0.0), *asked, *(replace(case, is_routed=True) for case in asked if args.router)]
 
 
 def _print(rows: Sequence[dict[str, Any]]) -> None:
     print(
-        f"{'method':<24}{'tier':<11}{'tokens':>8}{'ratio':>7}{'p50 ms':>10}{'p90 ms':>10}{'speed-up':>10}"
+        f"{'method':<24}{'tier':<11}{'tokens':>8}{'ratio':>7}{'way':>8}{'p50 ms':>10}{'p90 ms':>10}{'speed-up':>10}"
         f"{'of floor':>10}   phases (ms)"
     )
     for row in rows:
         shown = " ".join(f"{name} {ms:.1f}" for name, ms in row["phases_ms"].items() if ms >= 0.1)
         print(
-            f"{row['method']:<24}{row['tier']:<11}{row['prompt_tokens']:>8}{row['recompute_ratio']:>7}"
+            f"{row['method']:<24}{row['tier']:<11}{row['prompt_tokens']:>8}{row['recompute_ratio']:>7}{row['way']:>8}"
             f"{row['ttft_ms_p50']:>10.1f}{row['ttft_ms_p90']:>10.1f}{row['speedup_vs_full']:>9.2f}×"
             f"{100 * row['share_of_floor']:>9.0f}%   {shown}"
         )
