@@ -30,12 +30,12 @@ from fusionrag.layout import Naming, compute_prefix, naming, plan_candidates, st
 from fusionrag.live_request import EngineRequest, LiveRequest
 from fusionrag.loading import make_loader
 from fusionrag.model import LanguageModel
-from fusionrag.passes import StaticPasses
 from fusionrag.reprocess.probe import ScoreInputs
 from fusionrag.reprocess.recompute import recompute_observer, recompute_positions
 from fusionrag.reprocess.select import choose
 from fusionrag.router import AS_ASKED, Router, Way
 from fusionrag.scheduler import Share, pack
+from fusionrag.static_passes import StaticPasses
 from fusionrag.store.base import KVStore
 from fusionrag.store.codec import EncodedKV
 from fusionrag.types import (

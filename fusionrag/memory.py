@@ -17,7 +17,7 @@ from fusionrag.config import EngineConfig, ModelConfig, StoreConfig
 from fusionrag.engine import MAX_ROWS_ALONE
 from fusionrag.errors import ConfigError, ModelError
 from fusionrag.model import model_path, resolve_device, resolve_dtype, shape_of
-from fusionrag.passes import MAX_ROWS
+from fusionrag.static_passes import MAX_ROWS
 from fusionrag.store.codec import KVShape, layout
 
 WORKSPACE_BYTES = 1 << 29  # libraries' own memory, the graphs themselves, and what is lost between allocations

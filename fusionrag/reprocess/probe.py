@@ -208,7 +208,7 @@ class AttentionProbe(AttentionObserver):
 
 
 class RequestPasses(Protocol):
-    """Passes of one request in buffers that stay (`fusionrag.passes`)."""
+    """Passes of one request in buffers that stay (`fusionrag.static_passes`)."""
 
     def probe(
         self, group: RowGroup, layers: frozenset[int], rows: range, normalize: bool, is_candidate: torch.Tensor

@@ -34,7 +34,7 @@ def bench(request, kernel_device, make_hf, make_config, tokenizer):
 @pytest.fixture
 def engines(bench, monkeypatch):
     """One whose passes have buffers that stay, one whose passes have none."""
-    monkeypatch.setattr("fusionrag.passes.LAYERS_AT_ONCE", 2)  # several pieces, of so small a model too
+    monkeypatch.setattr("fusionrag.static_passes.LAYERS_AT_ONCE", 2)  # several pieces, of so small a model too
     both = [Engine(bench.model, bench.store, EngineConfig(arena_tokens=1024, route="reuse")) for _ in range(2)]
     for engine, is_on in zip(both, (True, False), strict=True):
         engine._passes.is_on = is_on  # in the interpreter they are run piece by piece, never captured
