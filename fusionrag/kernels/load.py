@@ -127,7 +127,7 @@ def _stored_numbers(
         if FIRST % middle + BLOCK <= middle:  # one half of bytes that follow each other, which the other half reads too
             in_byte = FIRST % middle + tl.arange(0, BLOCK)[None, :]
             packed = tl.load(source + kv_at + row * middle + (places * middle + in_byte), mask=wanted, other=0)
-            packed = packed >> 4 if FIRST >= middle else packed & 15
+            packed = packed >> 4 if middle <= FIRST else packed & 15
         else:
             in_byte = channels % middle
             packed = tl.load(source + kv_at + row * middle + (places * middle + in_byte), mask=wanted, other=0)
