@@ -23,8 +23,9 @@ from fusionrag.kernels.backend import jit, padded, takes, tl, to_device, triton
 from fusionrag.kernels.prepare_rows import rotate
 
 INT4_GROUP = 32
-BLOCK_T, NUM_WARPS, NUM_STAGES = 16, 4, 1  # tokens of a program, not more than INT4_GROUP; its warps; pairs in flight
+BLOCK_T = 16  # tokens of a program: a part of INT4_GROUP
 HEADS_PER_PROGRAM = 8  # (layer, head) pairs that share the work of cos and sin
+STAGES_OF_ENCODED = 3  # pairs on their way at once; plain numbers, twice the bytes or more, do as well with one
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def load_(
             CODEC="none" if codec == "float16" else codec, STORED=getattr(tl, str(stored).removeprefix("torch.")),
             HEAD_DIM=head_dim, HALF=half, BLOCK_T=BLOCK_T, BLOCK_H=padded(half), BLOCK_V=padded(head_dim // 2),
             BLOCK_REST=padded(max(1, head_dim - 2 * half)), GROUP=INT4_GROUP, HEADS=HEADS_PER_PROGRAM,
-            STAGES=NUM_STAGES, num_warps=NUM_WARPS,
+            STAGES=1 if codec in ("none", "float16") else STAGES_OF_ENCODED, num_warps=4,
         )  # fmt: skip
 
 

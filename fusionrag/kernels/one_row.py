@@ -8,18 +8,13 @@ More rows than one are the matrix library's: it reads the weights once for all o
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.nn.functional import linear, rms_norm
 
-from fusionrag.kernels.backend import has_wgmma, jit, takes, tl, triton
+from fusionrag.kernels.backend import jit, takes, tl, triton
 from fusionrag.kernels.swiglu import silu_mul_reference
 
-BLOCK_N, BLOCK_K, NUM_WARPS = 4, 512, 2  # outputs of a program; numbers of the row at once
-
-if triton is not None:
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+BLOCK_N, BLOCK_K, NUM_WARPS = 2, 512, 2  # outputs of a program; numbers of the row at once; a thread has 8 of them
 
 
 def linear_of_row(
@@ -62,13 +57,10 @@ def _launch(
     assert len(x) == 1 and x.is_contiguous() and weight.stride(1) == 1
     num_out, width = weight.shape
     out = x.new_empty(1, num_out)
-    is_chained = has_wgmma(x.device)
-    options: dict[str, Any] = {"launch_pdl": True} if is_chained else {}
     _one_row_kernel[(triton.cdiv(num_out, BLOCK_N),)](
         x, weight, up, bias, norm, residual, out, weight.stride(0), num_out, eps,
         WIDTH=width, HAS_UP=up is not None, HAS_BIAS=bias is not None, HAS_NORM=norm is not None,
-        HAS_RESIDUAL=residual is not None, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, IS_CHAINED=is_chained,
-        num_warps=NUM_WARPS, **options,
+        HAS_RESIDUAL=residual is not None, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=NUM_WARPS,
     )  # fmt: skip
     return out
 
@@ -77,11 +69,11 @@ def _launch(
 def _one_row_kernel(
     x, weight, up, bias, norm, residual, out, stride_weight, num_out, eps,
     WIDTH: tl.constexpr, HAS_UP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, IS_CHAINED: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N outputs. The norm's factor is the same for all of them and comes last.
 
-    IS_CHAINED: it is started while the kernel before it still runs, and has its first weights when that one ends.
+    Weights are asked for one block ahead of their use. What lies behind the last output is read as the last one's.
     """
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     at_k = tl.arange(0, BLOCK_K)
@@ -92,9 +84,6 @@ def _one_row_kernel(
     tile = tl.load(weight + at, mask=inside[None, :], other=0.0, eviction_policy="evict_first")
     if HAS_UP:
         up_tile = tl.load(up + at, mask=inside[None, :], other=0.0, eviction_policy="evict_first")
-    if IS_CHAINED:
-        gdc_launch_dependents()
-        gdc_wait()
     for start in range(0, WIDTH, BLOCK_K):
         inside = start + at_k < WIDTH
         row = tl.load(x + start + at_k, mask=inside, other=0.0).to(tl.float32)

@@ -101,7 +101,7 @@ def load_cases(bench: Bench, shape: Shape, num_tokens: int) -> Rows:
         arguments: tuple[Any, ...] = source, table, CHUNK_TOKENS, codec, bench.dtype, inv_freq, 1.0, *arena
         moved = num_bytes + sum(x.nbytes for x in arena)
         reference_ms = _reference_ms(bench, partial(load_reference_, *arguments))
-        ms = bench.ms(partial(load_, *arguments))
+        ms = bench.replay_ms(partial(load_, *arguments))
         yield bench.row("load", f"{codec}, {num_chunks} chunks", ms, num_bytes=moved, reference_ms=reference_ms)
 
 

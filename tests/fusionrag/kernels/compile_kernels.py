@@ -72,7 +72,7 @@ def compile_instead_of_launching(capability: int) -> list[tuple[str, Any]]:
         add_norm, importance, load, one_row, prepare_rows, residual, row_plan, rows_attention, shift, swiglu
     ):  # fmt: skip
         module.takes = lambda *_, **__: True
-    row_plan.has_wgmma = one_row.has_wgmma = lambda _: capability == 90
+    row_plan.has_wgmma = lambda _: capability == 90
     rows_attention_hopper.takes = lambda _, dtype, head_dim, window: (
         capability == 90 and dtype.itemsize == 2 and head_dim in rows_attention_hopper.STAGES and window is None
     )
