@@ -19,6 +19,7 @@ from torch.nn.functional import linear, rms_norm
 
 from fusionrag.attention import ForwardStep
 from fusionrag.kernels.add_norm import add_norm
+from fusionrag.kernels.one_row import linear_of_row, swiglu_of_row
 from fusionrag.kernels.swiglu import silu_mul
 
 WINDOW_OF_ALL_LAYERS = ("mistral", "mixtral", "phi3")  # families whose configuration has one window for all layers
@@ -54,11 +55,18 @@ class DecoderLayer:
         self.window: int | None = getattr(self._attention, "sliding_window", every)
         self.scaling: float = self._attention.scaling
         self._is_swiglu = config.hidden_act == "silu" and hasattr(self._mlp, "gate_proj")
+        self._is_swiglu_without_bias = self._is_swiglu and self._mlp.gate_proj.bias is None
 
     def project(self, stream: Stream) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """The stream's sum (R, hidden size), queries (R, H, D), keys and values (R, G, D), all before rotation."""
-        attention, (hidden, normed) = self._attention, stream.normed(self._input_norm)
-        projected = linear(normed, *self._qkv).split([n * self._head_dim for n in self._sizes], dim=-1)  # type: ignore[no-untyped-call]
+        attention, before = self._attention, self._input_norm
+        if len(stream.hidden) == 1:
+            hidden = stream.total()
+            joined = linear_of_row(hidden, *self._qkv, before.weight, before.variance_epsilon)
+        else:
+            hidden, normed = stream.normed(before)
+            joined = linear(normed, *self._qkv)
+        projected = joined.split([n * self._head_dim for n in self._sizes], dim=-1)  # type: ignore[no-untyped-call]
         queries, keys, values = (p.view(-1, n, self._head_dim) for p, n in zip(projected, self._sizes, strict=True))
         if hasattr(attention, "q_norm"):
             queries, keys = norm(queries, attention.q_norm), norm(keys, attention.k_norm)
@@ -66,8 +74,19 @@ class DecoderLayer:
 
     def finish(self, hidden: torch.Tensor, attended: torch.Tensor) -> Stream:
         """attended: (R, H, D). The layer's output: both residual branches added to `hidden`."""
+        if len(hidden) == 1:
+            return self._finish_row(hidden, attended)
         hidden, normed = Stream(hidden, self._attention.o_proj(attended.flatten(1))).normed(self._mlp_norm)
         return Stream(hidden, self._run_mlp(normed))
+
+    def _finish_row(self, hidden: torch.Tensor, attended: torch.Tensor) -> Stream:
+        """The same of a single row: what stands around its products is part of them."""
+        out, mlp, before = self._attention.o_proj, self._mlp, self._mlp_norm
+        hidden = linear_of_row(attended.flatten(1), out.weight, out.bias, residual=hidden)
+        if not self._is_swiglu_without_bias:
+            return Stream(hidden, self._run_mlp(norm(hidden, before)))
+        inner = swiglu_of_row(hidden, mlp.gate_proj.weight, mlp.up_proj.weight, before.weight, before.variance_epsilon)
+        return Stream(linear_of_row(inner, mlp.down_proj.weight, mlp.down_proj.bias, residual=hidden))
 
     def _run_mlp(self, normed: torch.Tensor) -> torch.Tensor:
         mlp = self._mlp

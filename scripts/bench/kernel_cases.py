@@ -12,6 +12,7 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from fusionrag.kernels.importance import attention_mass, attention_mass_reference
 from fusionrag.kernels.load import ChunkBytes, load_, load_reference_, load_table
+from fusionrag.kernels.one_row import linear_of_row, linear_of_row_reference, swiglu_of_row, swiglu_of_row_reference
 from fusionrag.kernels.prepare_rows import prepare_rows_, prepare_rows_reference_
 from fusionrag.kernels.row_plan import RequestRows, RowPlan, plan_rows
 from fusionrag.kernels.rows_attention import rows_attention, rows_attention_reference
@@ -100,7 +101,7 @@ def load_cases(bench: Bench, shape: Shape, num_tokens: int) -> Rows:
         arguments: tuple[Any, ...] = source, table, CHUNK_TOKENS, codec, bench.dtype, inv_freq, 1.0, *arena
         moved = num_bytes + sum(x.nbytes for x in arena)
         reference_ms = _reference_ms(bench, partial(load_reference_, *arguments))
-        ms = bench.ms(partial(load_, *arguments))
+        ms = bench.replay_ms(partial(load_, *arguments))
         yield bench.row("load", f"{codec}, {num_chunks} chunks", ms, num_bytes=moved, reference_ms=reference_ms)
 
 
@@ -134,6 +135,30 @@ def mlp_cases(bench: Bench, shape: Shape, num_tokens: int) -> Rows:
     yield bench.row("torch rms_norm", f"{num_rows} rows", ms, num_bytes=2 * x.nbytes, reference_ms=spelled_out_ms)
 
 
+def row_cases(bench: Bench, shape: Shape, _num_tokens: int) -> Rows:
+    """The linear layers of one decoded row with what stands around them: bound by reading their weights."""
+    hidden, width = shape.num_heads * shape.head_dim, shape.mlp_width
+    num_out = hidden + 2 * shape.num_kv_heads * shape.head_dim
+    x, inner, norm, bias = bench.random(1, hidden), bench.random(1, width), bench.random(hidden), bench.random(num_out)
+    copies = range(COPIES if bench.device.type == "cuda" else 1)
+    joined = [(x, bench.random(num_out, hidden), bias, norm, 1e-6) for _ in copies]
+    gated = [(x, bench.random(width, hidden), bench.random(width, hidden), norm, 1e-6) for _ in copies]
+    down = [(inner, bench.random(hidden, width), None, None, 0.0, x) for _ in copies]
+    for case, function, reference, arguments in (
+        ("norm, queries keys values", linear_of_row, linear_of_row_reference, joined),
+        ("norm, silu(gate) · up", swiglu_of_row, swiglu_of_row_reference, gated),
+        ("down, residual", linear_of_row, linear_of_row_reference, down),
+    ):
+        own: Any = function
+        plain: Any = reference
+        num_bytes = sum(a.nbytes for a in arguments[0] if a is not None and not isinstance(a, float))
+        reference_ms = (
+            bench.replay_ms(*(partial(plain, *a) for a in arguments)) if bench.device.type == "cuda" else None
+        )
+        ms = bench.replay_ms(*(partial(own, *a) for a in arguments))
+        yield bench.row("row products", case, ms, num_bytes=num_bytes, reference_ms=reference_ms)
+
+
 CASES: dict[str, Callable[[Bench, Shape, int], Rows]] = {
     "rows": rows_cases,
     "decode": decode_cases,
@@ -141,6 +166,7 @@ CASES: dict[str, Callable[[Bench, Shape, int], Rows]] = {
     "load": load_cases,
     "prepare": prepare_cases,
     "mlp": mlp_cases,
+    "row": row_cases,
 }
 
 

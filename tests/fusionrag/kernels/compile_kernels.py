@@ -26,6 +26,7 @@ from fusionrag.kernels import (
     backend,
     importance,
     load,
+    one_row,
     prepare_rows,
     residual,
     row_plan,
@@ -67,7 +68,9 @@ def compile_instead_of_launching(capability: int) -> list[tuple[str, Any]]:
 
     JITFunction.run = run
     triton.runtime.driver.set_active(Target(capability))
-    for module in (add_norm, importance, load, prepare_rows, residual, row_plan, rows_attention, shift, swiglu):
+    for module in (
+        add_norm, importance, load, one_row, prepare_rows, residual, row_plan, rows_attention, shift, swiglu
+    ):  # fmt: skip
         module.takes = lambda *_, **__: True
     row_plan.has_wgmma = lambda _: capability == 90
     rows_attention_hopper.takes = lambda _, dtype, head_dim, window: (
@@ -111,6 +114,16 @@ def load_all(head_dim: int, rotary_dim: int, dtype: torch.dtype) -> None:
         load.load_(source, table, 512, codec, dtype, inv_freq, 1.0, arena, arena)
 
 
+def multiply_row(width: int, num_out: int, dtype: torch.dtype) -> None:
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype)
+
+    x, out, norm, weight = empty(1, width), empty(1, num_out), empty(width), empty(num_out, width)
+    one_row.linear_of_row(x, weight, out[0], norm, 1e-6)
+    one_row.linear_of_row(x, weight, residual=out)
+    one_row.swiglu_of_row(x, weight, weight, norm, 1e-6)
+
+
 def compile_all() -> None:
     """The variants that differ: dtypes, head dims, few rows and many, with a window, split over keys."""
     for head_dim in (64, 80, 128, 256):
@@ -126,6 +139,7 @@ def compile_all() -> None:
         load_all(head_dim, rotary_dim, torch.bfloat16)
     width = torch.empty(4, 3584, dtype=torch.bfloat16)
     add_norm.add_norm(width, width, width[0], 1e-6)
+    multiply_row(3584, 4608, torch.bfloat16)
     swiglu.silu_mul(torch.empty(4, 8192, dtype=torch.bfloat16), torch.empty(4, 8192, dtype=torch.bfloat16))
 
 

@@ -184,10 +184,12 @@ def test_error_is_at_most_twice_that_of_plain_torch(device, dtype, head_dim, win
     case.scaling = head_dim**-0.5
     out = case.attend()
     assert out.dtype == dtype
-    exact, plain = case.spelled_out()[0], case.spelled_out(dtype)[0]
+    (exact, lse), plain = case.spelled_out(), case.spelled_out(dtype)[0]
     worst, allowed = ((x.double() - exact).norm(dim=-1).max().item() for x in (out, plain))
-    rounding = 4 * torch.finfo(torch.float32).eps * exact.norm(dim=-1).max().item()
-    assert worst <= 2 * allowed + rounding
+    # A score s in fp32 is off by about eps · |s|, and its weight by as much: no order of summing can promise less, and
+    # for a single row a library happens to pick one (a tree) that is luckier than adding one product after another.
+    rounding = torch.finfo(torch.float32).eps * (4 + lse.abs().max()) * case.values.double().norm(dim=-1).max()
+    assert worst <= 2 * allowed + rounding.item()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
