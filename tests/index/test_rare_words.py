@@ -45,10 +45,57 @@ def test_a_word_that_many_have_is_not_rare():
     assert made_of(texts).nearest("t0", 3) == ("t1", "t2", "t3")  # ties in the order in which they were added
 
 
-def test_copies_are_left_out_where_the_threshold_says_so(films):
-    words = made_of({**films, "copy": films["film 3"]})
-    assert "copy" not in words.nearest("film 3", 5, near_duplicate=0.95)
-    assert words.nearest("film 3", 5, near_duplicate=1.01)[0] == "copy"
+def test_nearly_copies_are_left_out_where_the_threshold_says_so(films):
+    words = made_of({**films, "copy": films["film 3"] + " Silent."})
+    assert "copy" not in words.nearest("film 3", 5, near_duplicate=0.3)
+    assert "copy" in words.nearest("film 3", 5)
+
+
+def test_a_passage_that_two_chunks_hold_does_not_link_them_and_its_names_stay_rare(films):
+    """Chunks that overlap, or repeat a notice, are not related for that."""
+    notice = "Notice: kept by Archivist9 of Elsewhere9."
+    words = made_of({**{name: f"{text}\n\n{notice}" for name, text in films.items()}, "keeper": "Archivist9 retired."})
+    for i in range(40):
+        assert words.nearest(f"film {i}", 2)[0] == f"director {i}"
+    assert words.nearest("keeper", 1) and "film 5" in words.nearest("keeper", 99)
+
+
+PLAIN = "it was said in those days that"  # so many words that a passage does not open with what comes then
+
+
+def test_the_best_pair_of_passages_decides_not_what_long_chunks_share_by_chance():
+    chance = [f"{PLAIN} chance{i}" for i in range(5)]
+    texts = {
+        "one": "\n\n".join([f"{PLAIN} Ann Ohm sang it", *chance]),
+        "chance": "\n\n".join(f"{PLAIN} {end} of chance{i}" for i, end in enumerate("abcde")),
+        "singer": f"{PLAIN} her name was Ann Ohm",
+        **{f"other {i}": f"{PLAIN} nothing{i}" for i in range(20)},
+    }
+    assert made_of(texts).nearest("one", 2) == ("singer", "chance")
+    in_one_piece = made_of({name: text.replace("\n\n", " ") for name, text in texts.items()})
+    assert in_one_piece.nearest("one", 2) == ("chance", "singer")
+
+
+def test_a_passage_that_opens_with_the_name_comes_before_one_that_only_mentions_it():
+    texts = {
+        "song": f"{PLAIN} Quill sang",
+        "mention": f"{PLAIN} one Quill",
+        "about": f"Quill: {PLAIN} he lived",
+        **{f"other {i}": f"{PLAIN} nothing{i}" for i in range(20)},
+    }
+    words = made_of(texts)
+    assert words.nearest("song", 2) == ("about", "mention")
+    assert words.nearest("about", 2) == ("song", "mention")
+
+
+def test_a_full_name_outweighs_its_parts():
+    texts = {
+        "song": f"{PLAIN} Ann Ohm sang",
+        "parts": f"{PLAIN} one Ann met one Ohm",
+        "singer": f"{PLAIN} her name was Ann Ohm",
+        **{f"other {i}": f"{PLAIN} nothing{i}" for i in range(20)},
+    }
+    assert made_of(texts).nearest("song", 2) == ("singer", "parts")
 
 
 def test_what_is_found_depends_on_texts_and_order_alone(films):
