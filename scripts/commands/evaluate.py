@@ -4,6 +4,7 @@
     compare     two runs, or one method and its rivals, question by question
     tune        the smallest ratio that keeps a quality
     retrieval   which passages the search modes find
+    links       which passages that a question needs together are stored together
 
 Methods: full, reuse, random, epic, cacheblend, cacheblend_gradual, prophetkv, fusionrag, attention, default. Knobs can
 be set per method: of the request, `attention:probe_layers=late+correction=1`, and of the offline job that its KV comes
@@ -21,7 +22,7 @@ from dataclasses import asdict
 
 from fusionrag.config import ModelConfig
 from fusionrag.errors import ConfigError
-from scripts.commands import evaluate_compare, evaluate_report, evaluate_retrieval, evaluate_tune
+from scripts.commands import evaluate_compare, evaluate_links, evaluate_report, evaluate_retrieval, evaluate_tune
 from scripts.commands.evaluate_grid import add_run_arguments, answer, base_of, numbers, record_log, words
 from scripts.commands.evaluate_report import add_report_arguments, print_report
 from scripts.evaluation.datasets import HALVES, load_dataset
@@ -34,6 +35,7 @@ OTHERS = {
     "report": (evaluate_report, "tables and figure from the records of runs, without running anything"),
     "tune": (evaluate_tune, "the smallest recompute ratio that keeps a quality, on your own questions"),
     "retrieval": (evaluate_retrieval, "which passages each search mode finds, instead of which answers are given"),
+    "links": (evaluate_links, "how often passages that are needed together are stored together; needs no model"),
 }
 FROM_RECORDS = ("compare", "report")
 
