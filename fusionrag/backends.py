@@ -15,7 +15,18 @@ from fusionrag.memory import configured, memory_need
 from fusionrag.model import LanguageModel, resolve_device
 
 # the names by which they ask `fusionrag.kernels.backend.takes`
-KERNELS = ("rows_attention", "attention_mass", "load", "prepare_rows", "shift", "mean_residual", "silu_mul")
+KERNELS = (
+    "rows_attention",
+    "attention_mass",
+    "load",
+    "prepare_rows",
+    "shift",
+    "mean_residual",
+    "silu_mul",
+    "add_norm",
+    "linear_of_row",
+    "swiglu_of_row",
+)
 
 
 def describe_backends(model: LanguageModel, engine: EngineConfig, store: StoreConfig) -> dict[str, object]:
