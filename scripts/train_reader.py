@@ -29,7 +29,7 @@ from scripts.reader.encoding import Encoder
 from scripts.reader.holdout import Holdout, exclude, set_aside
 from scripts.reader.passages import read_human_questions, read_passages
 from scripts.reader.scoring import Answered, answer_all, by_type, differences, predicted_by_kind
-from scripts.reader.stream import load_rows
+from scripts.reader.stream import load_rows, rows_by_kind
 from scripts.reader.training import Trainer, plot_loss
 
 
@@ -75,9 +75,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     began = time.perf_counter()
     config, adapter = build(TrainingConfig, args), args.out / "adapter.safetensors"
     material = prepare(args)
-    train(args, config, material.training, adapter)
+    train(args, config, material, adapter)
     print(f"adapter after {time.perf_counter() - began:.0f} s")
-    scores = {path: score(args.base, path, material) for path in [None, *args.compare, adapter]}
+    scores = {path: score(args.base, path, material) for path in [*args.compare, adapter]}
     for path in args.compare:
         _print_differences(f"new minus {path}", scores[adapter].answered, scores[path].answered)
     report = {
@@ -103,7 +103,8 @@ def prepare(args: argparse.Namespace) -> Material:
     contexts: list[Context] = []
     if args.validation_contexts:
         composer, rng = Composer(build_corpus(*validation), config), Random(0)
-        contexts = [composer.compose(rng) for _ in range(args.validation_contexts)]
+        drills = (composer.drill(rng) for _ in range(args.validation_contexts))
+        contexts = [composer.compose(rng) for _ in range(args.validation_contexts)] + [d for d in drills if d]
     print(
         f"{len(passages)} passages ({dropped.passages} dropped), {len(human)} human questions "
         f"({dropped.human_questions} dropped), {len(corpus.with_facts)} passages with facts, "
@@ -113,14 +114,16 @@ def prepare(args: argparse.Namespace) -> Material:
     return Material(Composer(corpus, config), contexts, examples)
 
 
-def train(args: argparse.Namespace, config: TrainingConfig, composer: Composer, adapter: Path) -> None:
+def train(args: argparse.Namespace, config: TrainingConfig, material: Material, adapter: Path) -> None:
     """From the base model, or from an earlier adapter, to a saved adapter."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     cuda = torch.cuda.is_available()
     kind = {"dtype": torch.bfloat16, "attn_implementation": "flex_attention"} if cuda else {"dtype": torch.float32}
-    rows = load_rows(composer, Encoder(AutoTokenizer.from_pretrained(args.base)), config)
+    encoder = Encoder(AutoTokenizer.from_pretrained(args.base))
+    rows = load_rows(material.training, encoder, config)
     first = next(rows)  # the workers start before CUDA does
+    validation = rows_by_kind(material.validation, encoder, config)
     base: Any = AutoModelForCausalLM.from_pretrained(args.base, **kind)
     model = add_adapter(base.to("cuda" if cuda else "cpu"), config)
     if args.start_from:
@@ -128,30 +131,29 @@ def train(args: argparse.Namespace, config: TrainingConfig, composer: Composer, 
     trainer = Trainer(model, config)
     if config.max_steps:
         trainer.warm_up(first)
-        plot_loss(trainer.train(rows, args.out / "log.jsonl"), args.out / "loss.png")
+        plot_loss(trainer.train(rows, args.out / "log.jsonl", validation), args.out / "loss.png")
     save_adapter(model, adapter, config.scale)
     if cuda:
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB", flush=True)
 
 
-def score(base: Path, adapter: Path | None, material: Material) -> Scores:
-    """Full prefill on every file; an adapter is merged as the server merges it."""
+def score(base: Path, adapter: Path, material: Material) -> Scores:
+    """Full prefill on every file, the adapter merged as the server merges it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    if adapter:
-        weights = model.state_dict()
-        merge_adapter_(weights, load_file(adapter))
-        model.load_state_dict(weights)
+    weights = model.state_dict()
+    merge_adapter_(weights, load_file(adapter))
+    model.load_state_dict(weights)
     if torch.cuda.is_available():
         model = model.to("cuda", torch.bfloat16)
     tokenizer, answered = AutoTokenizer.from_pretrained(base), {}
     for name, wanted in material.examples.items():
         answered[name] = answer_all(model.eval(), tokenizer, wanted)
         groups = by_type(answered[name]).items()
-        print(adapter or "base", name, *(f"{kind}: {f1:.1f} ({n})" for kind, (n, f1, _) in groups), flush=True)
+        print(adapter, name, *(f"{kind}: {f1:.1f} ({n})" for kind, (n, f1, _) in groups), flush=True)
     held_out = predicted_by_kind(model.eval(), tokenizer, material.validation)
-    print(adapter or "base", "held out", *(f"{k}: {right:.1f} ({n})" for k, (n, right) in held_out.items()), flush=True)
+    print(adapter, "held out", *(f"{k}: {right:.1f} ({n})" for k, (n, right) in held_out.items()), flush=True)
     return Scores(answered, held_out)
 
 

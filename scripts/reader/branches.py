@@ -45,7 +45,10 @@ class Tree:
 
 @dataclass(frozen=True)
 class Rows:
-    """Packed rows. ids, positions, documents, branches: (B, S); predictors (flat place), targets, weights: (N,)."""
+    """Packed rows. ids, positions, documents, branches: (B, S).
+
+    Of the answers' tokens, (N,): predictors (flat place), targets, weights, answers (which answer a token is of).
+    """
 
     ids: torch.Tensor
     positions: torch.Tensor
@@ -54,6 +57,7 @@ class Rows:
     predictors: torch.Tensor
     targets: torch.Tensor
     weights: torch.Tensor
+    answers: torch.Tensor
 
     def to(self, device: torch.device) -> Rows:
         return Rows(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
@@ -68,6 +72,7 @@ class _Row:
     predictors: list[int] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)  # of the answers
 
     def add(self, tree: Tree, document: int) -> None:
         length = len(tree.context_ids)
@@ -77,6 +82,7 @@ class _Row:
             self._extend(branch.question_ids + branch.answer_ids, length, document, number)
             self.predictors += range(first - 1, first - 1 + len(branch.answer_ids))
             self.targets += branch.answer_ids
+            self.lengths.append(len(branch.answer_ids))
             self.weights += [len(branch.answer_ids) ** -0.5] * len(branch.answer_ids)  # short answers count, long too
 
     def _extend(self, ids: Sequence[int], position: int, document: int, branch: int) -> None:
@@ -121,6 +127,7 @@ def _to_rows(rows: Sequence[_Row], row_tokens: int) -> Rows:
         return torch.from_numpy(array)
 
     predictors = [place + i * row_tokens for i, row in enumerate(rows) for place in row.predictors]
+    lengths = torch.tensor([n for row in rows for n in row.lengths], dtype=torch.int64)
     return Rows(
         ids=grid("ids", 0),
         positions=grid("positions", 0),
@@ -129,6 +136,7 @@ def _to_rows(rows: Sequence[_Row], row_tokens: int) -> Rows:
         predictors=torch.tensor(predictors, dtype=torch.int64),
         targets=torch.tensor([t for row in rows for t in row.targets], dtype=torch.int64),
         weights=torch.tensor([w for row in rows for w in row.weights], dtype=torch.float32),
+        answers=torch.repeat_interleave(torch.arange(len(lengths)), lengths),
     )
 
 

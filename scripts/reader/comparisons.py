@@ -157,7 +157,7 @@ def _sameness(sides: Sequence[Side], rng: Random, of_persons: bool = False) -> Q
             if attribute == "nationality" and not of_persons and rng.random() < 0.3:
                 templates = BOTH_ARE
             text = rng.choice(templates).format(a=a.name, b=b.name, kind=a.kind, role=a.role, value=value)
-            return Question(text, "yes" if same else "no", "comparison")
+            return Question(text, "yes" if same else "no", "sameness")
     return None
 
 
@@ -166,7 +166,7 @@ def _shared(sides: Sequence[Side], rng: Random) -> Question | None:
         if pair := _pair(sides, attribute, rng, same=True):
             a, b = pair
             text = rng.choice(SHARED[attribute]).format(a=a.name, b=b.name)
-            return Question(text, a.facts[attribute], "comparison")
+            return Question(text, a.facts[attribute], "sameness")
     return None
 
 

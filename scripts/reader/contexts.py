@@ -15,9 +15,17 @@ from scripts.reader.asking import DESCRIPTIONS, ask_bridge, ask_fact
 from scripts.reader.comparisons import compare
 from scripts.reader.config import ContextConfig
 from scripts.reader.corpus import Corpus
+from scripts.reader.drills import ATTRIBUTES, NUM_PASSAGES, SHORTENED_SHARE, ask_steps, pick_attribute, shortened
 from scripts.reader.natural import ask_sentence
 from scripts.reader.passages import Link, Passage, Question
-from scripts.reader.rewrite import in_other_years, substitutes, with_other_answer, with_person, year_offset
+from scripts.reader.rewrite import (
+    in_other_years,
+    latest_year,
+    offset_to,
+    substitutes,
+    with_other_answer,
+    with_person,
+)
 
 LETTERS_PER_TOKEN = 4.1
 TOKENS_BESIDE_TEXT = 4
@@ -66,9 +74,31 @@ class Composer:
     def __init__(self, corpus: Corpus, config: ContextConfig) -> None:
         self._corpus, self._config = corpus, config
         self._substitutes = substitutes(corpus.human, [corpus.passages[i].name for i in corpus.people])
+        factual = [corpus.passages[i] for i in corpus.with_facts]
+        self._years = [year for passage in factual if (year := latest_year(passage))]
+        self._dated = {attribute: [p for p in factual if attribute in p.facts] for attribute in ATTRIBUTES}
+
+    def context(self, rng: Random, num_tokens_before: float = 0.0) -> Context:
+        """A drill or not: the fewer, the more tokens were made before."""
+        c = self._config
+        done = min(1.0, num_tokens_before / c.drill_tokens)
+        share = c.first_drill_share + done * (c.drill_share - c.first_drill_share)
+        drill = self.drill(rng) if rng.random() < share else None
+        return drill or self.compose(rng)
+
+    def drill(self, rng: Random) -> Context | None:
+        """A short context for comparing dates; None where the corpus has too few of the sort that was drawn."""
+        attribute = pick_attribute(rng)
+        dated = self._dated[attribute]
+        scene = Scene(room=float("inf"))
+        for passage in rng.sample(dated, min(len(dated), rng.choice(NUM_PASSAGES))):
+            moved = self._maybe_moved(passage, rng)
+            scene.add(shortened(moved, attribute) if rng.random() < SHORTENED_SHARE else moved)
+        questions = ask_steps(scene.passages, attribute, rng) if len(scene.passages) > 1 else []
+        return Context(tuple(scene.passages), tuple(questions)) if questions else None
 
     def compose(self, rng: Random) -> Context:
-        """A context with at least one question."""
+        """A context as retrieval would bring it, with at least one question."""
         while True:
             low, high, _ = rng.choices(LENGTHS, [weight for *_, weight in LENGTHS])[0]
             length = rng.uniform(low, high)
@@ -116,9 +146,9 @@ class Composer:
             scene.links.append(Link(source, relation, target))
 
     def _maybe_moved(self, passage: Passage, rng: Random) -> Passage:
-        if rng.random() >= self._config.year_share:
+        if not self._years or rng.random() >= self._config.year_share:
             return passage
-        return in_other_years(passage, year_offset(passage, rng))
+        return in_other_years(passage, offset_to(passage, rng.choice(self._years)))
 
     def _fill(self, scene: Scene, rng: Random) -> None:
         """Distractors: what resembles the passages that are there, and others; those with facts can be asked about."""

@@ -33,6 +33,19 @@ def year_offset(passage: Passage, rng: Random, largest: int = 90) -> int:
     return rng.randint(max(-largest, FIRST_YEAR - min(years)), max(0, min(largest, LAST_YEAR - max(years))))
 
 
+def latest_year(passage: Passage) -> int | None:
+    """The last year that the passage names."""
+    return max((int(year) for year in _YEAR.findall(passage.text)), default=None)
+
+
+def offset_to(passage: Passage, latest: int) -> int:
+    """The shift after which `latest` is the last year of the passage; 0 if its very name holds a number."""
+    years = [int(year) for year in _YEAR.findall(f"{passage.title} {passage.text}")]
+    if not years or re.search(r"\d", passage.name):
+        return 0
+    return max(min(latest, LAST_YEAR) - max(years), FIRST_YEAR - min(years))
+
+
 def in_other_years(passage: Passage, offset: int) -> Passage:
     """The passage as if everything in it had happened `offset` years later."""
     if not offset:

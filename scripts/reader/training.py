@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,14 @@ class Progress:
     tokens_per_second: float
 
 
+@dataclass(frozen=True)
+class Validation:
+    """One line of the log: kind of question → percent of the answers set aside that are predicted from end to end."""
+
+    step: int
+    predicted: dict[str, float]
+
+
 class Trainer:
     """Trains a PEFT model's adapter on rows."""
 
@@ -58,7 +66,9 @@ class Trainer:
         self.loss(rows.to(self._device))[0].backward()  # type: ignore[no-untyped-call]
         self._optimizer.zero_grad(set_to_none=True)
 
-    def train(self, rows: Iterator[Rows], log: Path | None = None) -> list[Progress]:
+    def train(
+        self, rows: Iterator[Rows], log: Path | None = None, validation: Mapping[str, Sequence[Rows]] | None = None
+    ) -> list[Progress]:
         """Runs the schedule to its end; every line of the log is also appended to `log` as JSON and printed."""
         self._model.train()
         history: list[Progress] = []
@@ -79,6 +89,9 @@ class Trainer:
                 _write(history[-1], log)
                 recent.clear()
                 last = now
+            if validation and step % self._config.validate_every == 0:
+                shares = {kind: round(self.predicted(wanted), 1) for kind, wanted in validation.items()}
+                _write(Validation(step, shares), log)
         return history
 
     def _set_learning_rate_(self, done: float) -> None:
@@ -104,20 +117,39 @@ class Trainer:
 
     def loss(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """Weighted cross-entropy over the answers' tokens, and the share of them that is predicted right."""
+        logits = self._logits(rows)
+        losses = F.cross_entropy(logits.float(), rows.targets, reduction="none")
+        accuracy = (logits.argmax(-1) == rows.targets).float().mean()
+        return (losses * rows.weights).sum() / rows.weights.sum(), accuracy
+
+    def predicted(self, validation: Sequence[Rows]) -> float:
+        """Percent of the answers of which every token is the most likely one.
+
+        Runs as training does, gradients and all: what is compiled for training serves it too.
+        """
+        right = []
+        for rows in validation:
+            rows = rows.to(self._device)
+            hits = (self._logits(rows).argmax(-1) == rows.targets).float()
+            right.append(torch.ones(int(rows.answers[-1]) + 1, device=self._device))
+            right[-1].scatter_reduce_(0, rows.answers, hits, "amin")
+        return 100 * float(torch.cat(right).mean())
+
+    def _logits(self, rows: Rows) -> torch.Tensor:
+        """What is said to come where an answer's token comes; (N, V)."""
         flex = self._lm.config._attn_implementation == "flex_attention"
         mask = block_mask(rows) if flex else dense_mask(rows)
         with torch.autocast("cuda", torch.bfloat16) if self._cuda else nullcontext():
             hidden = self._lm.model(
                 input_ids=rows.ids, attention_mask=mask, position_ids=rows.positions, use_cache=False
             ).last_hidden_state
-            logits = self._lm.lm_head(hidden.flatten(0, 1)[rows.predictors])  # (N, V)
-        losses = F.cross_entropy(logits.float(), rows.targets, reduction="none")
-        accuracy = (logits.argmax(-1) == rows.targets).float().mean()
-        return (losses * rows.weights).sum() / rows.weights.sum(), accuracy
+            logits: torch.Tensor = self._lm.lm_head(hidden.flatten(0, 1)[rows.predictors])
+        return logits
 
 
-def _write(progress: Progress, log: Path | None) -> None:
-    line = json.dumps({name: round(value, 6) for name, value in vars(progress).items()})
+def _write(line_of: Progress | Validation, log: Path | None) -> None:
+    values = {name: round(value, 6) if isinstance(value, float) else value for name, value in vars(line_of).items()}
+    line = json.dumps(values)
     print(line, flush=True)
     if log:
         with log.open("a", encoding="utf-8") as file:

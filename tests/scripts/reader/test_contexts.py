@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from random import Random
 
 import torch
@@ -12,9 +13,11 @@ from fusionrag.types import PromptChunk
 from scripts.evaluation.datasets import Example
 from scripts.evaluation.datasets import Passage as Shown
 from scripts.reader.branches import Branch, Tree
+from scripts.reader.comparisons import date_key
 from scripts.reader.config import ContextConfig
 from scripts.reader.contexts import Composer, Context, as_plain
 from scripts.reader.corpus import nearest
+from scripts.reader.drills import COMPARISON, STEP
 from scripts.reader.encoding import Encoder
 from scripts.reader.holdout import Holdout, exclude, set_aside
 from scripts.reader.passages import HumanQuestion, Passage, Question
@@ -41,7 +44,14 @@ def test_no_two_passages_with_facts_share_a_name(corpus):
 
 def test_every_kind_of_question_is_asked_and_no_more_than_allowed(corpus):
     found = contexts(corpus, max_questions=9)
-    assert {q.kind for c in found for q in c.questions} == {"human", "bridge", "comparison", "single", "sentence"}
+    assert {q.kind for c in found for q in c.questions} == {
+        "human",
+        "bridge",
+        "comparison",
+        "sameness",
+        "single",
+        "sentence",
+    }
     assert max(len(c.questions) for c in found) == 9
 
 
@@ -57,11 +67,21 @@ def test_without_counterfactual_copies_passages_are_those_of_the_corpus(corpus):
     )
 
 
-def test_at_a_year_share_of_one_no_date_is_the_one_that_could_be_known_by_heart(corpus):
-    births = {p.name: p.facts["birth"] for p in corpus.passages if "birth" in p.facts}
-    seen = [p for c in contexts(corpus) for p in c.passages if p.name in births and p.facts]
-    moved = sum(p.facts["birth"] != births[p.name] for p in seen)
-    assert moved / len(seen) > 0.95  # chance draws the old year now and then
+def test_at_a_year_share_of_one_nothing_is_learned_of_who_was_first(corpus):
+    """How often one was born before another hardly depends on who they are: only the spans of their lives are kept."""
+    births = {p.name: date_key(p.facts["birth"])[0] for p in corpus.passages if "birth" in p.facts}
+    kept = []
+    for context in contexts(corpus, 400):
+        seen = [(births[p.name], date_key(p.facts["birth"])[0]) for p in context.passages if p.name in births]
+        kept += [(a[0] < b[0]) == (a[1] < b[1]) for a, b in combinations(seen, 2) if a[1] != b[1]]
+    assert len(kept) > 1000 and abs(sum(kept) / len(kept) - 0.5) < 0.1
+
+
+def test_contexts_are_drills_at_first_and_fewer_later(corpus):
+    composer, rng = Composer(corpus, ContextConfig(first_drill_share=1.0, drill_share=0.0, drill_tokens=100)), Random(0)
+    at_first, later = ([composer.context(rng, before) for _ in range(30)] for before in (0, 100))
+    assert sum({q.kind for q in c.questions} <= {STEP, COMPARISON} for c in at_first) > 20
+    assert not any(q.kind in (STEP, COMPARISON) for c in later for q in c.questions)
 
 
 def test_plain_contexts_are_lower_case_and_untitled_and_still_hold_the_answers():

@@ -88,6 +88,6 @@ def test_the_command_trains_scores_and_leaves_out_what_is_evaluated(tmp_path, fi
     printed = capsys.readouterr().out
     assert "16 passages (1 dropped)" in printed and "new minus" in printed and "held out" in printed
     scores = json.loads((out / "scores.json").read_text())["scores"]
-    assert {name.rpartition("/")[2] for name in scores} == {"None", "earlier.safetensors", "adapter.safetensors"}
-    assert scores["None"]["evaluation"]["groups"]["all"][0] == 1
+    assert {name.rpartition("/")[2] for name in scores} == {"earlier.safetensors", "adapter.safetensors"}
+    assert scores[str(earlier)]["evaluation"]["groups"]["all"][0] == 1
     assert load_file(out / "adapter.safetensors")["0.q.A"].shape[0] == 2
