@@ -99,10 +99,10 @@ def prepare(args: argparse.Namespace) -> Material:
         read_passages(args.passages), read_human_questions(args.human), Holdout(held_out)
     )
     training, validation = set_aside(passages, human, args.validation_share)
-    corpus, config = build_corpus(*training), build(ContextConfig, args)
+    corpus = build_corpus(*training)
     contexts: list[Context] = []
     if args.validation_contexts:
-        composer, rng = Composer(build_corpus(*validation), config), Random(0)
+        composer, rng = Composer(build_corpus(*validation), ContextConfig()), Random(0)  # the same whatever the flags
         drills = (composer.drill(rng) for _ in range(args.validation_contexts))
         contexts = [composer.compose(rng) for _ in range(args.validation_contexts)] + [d for d in drills if d]
     print(
@@ -111,7 +111,7 @@ def prepare(args: argparse.Namespace) -> Material:
         f"{len(corpus.links)} links, {len(corpus.sources)} sources and {len(corpus.people)} people for other ones",
         flush=True,
     )
-    return Material(Composer(corpus, config), contexts, examples)
+    return Material(Composer(corpus, build(ContextConfig, args)), contexts, examples)
 
 
 def train(args: argparse.Namespace, config: TrainingConfig, material: Material, adapter: Path) -> None:
