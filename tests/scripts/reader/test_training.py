@@ -9,6 +9,7 @@ from itertools import islice
 from random import Random
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -17,6 +18,7 @@ from scripts.reader.branches import Branch, Rows, Tree, pack
 from scripts.reader.config import ContextConfig
 from scripts.reader.contexts import Composer
 from scripts.reader.encoding import Encoder
+from scripts.reader.scoring import predicted
 from scripts.reader.stream import RowStream
 from scripts.reader.training import Trainer, plot_loss
 from scripts.train_reader import main
@@ -61,6 +63,20 @@ def test_the_schedule_ends_when_the_time_is_over(make_peft, small):
 def test_a_seed_gives_the_same_rows_again(stream):
     once, again = (list(islice(iter(stream), 2)) for _ in range(2))
     assert all((a.ids == b.ids).all() for a, b in zip(once, again, strict=True))
+
+
+def test_answers_count_as_predicted_where_every_token_is(make_peft, small):
+    """Packed and looked at with the training's own pass, they are those that scoring finds one by one."""
+    model, context = make_peft(), tuple(range(40))
+    lm, trainer = model.get_base_model().eval(), Trainer(model, small)
+    with torch.no_grad():
+        said = int(lm(input_ids=torch.tensor([(*context, 61)])).logits[0, -1].argmax())
+        then = int(lm(input_ids=torch.tensor([(*context, 61, said)])).logits[0, -1].argmax())
+    answers = ((said,), (said, then), (said, then + 1), (said + 1,), (said + 1, then))
+    trees = [Tree(context, tuple(Branch((61,), answer) for answer in answers))] * 2
+    expected = [True, True, False, False, False]
+    assert predicted(lm, trees[0]) == expected
+    assert trainer.predicted(list(pack(trees, 1, 128))) == pytest.approx(100 * sum(expected) / len(expected))
 
 
 def test_the_command_trains_scores_and_leaves_out_what_is_evaluated(tmp_path, files, tiny_model, small, capsys):
