@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -21,7 +22,7 @@ from fusionrag.errors import ModelNotFound
 
 ALIAS = "smollm2-reader"
 ADAPTER = Path(__file__).parent / "assets" / "reader" / "adapter.safetensors"
-CONVERSION_VERSION = 1
+CONVERSION_VERSION = 2
 
 _LINEARS = {
     "q": "self_attn.q_proj",
@@ -93,7 +94,9 @@ def _convert(gguf: Path, adapter: Path | None, target: Path) -> None:
     scratch = Path(tempfile.mkdtemp(dir=target.parent))
     try:
         model.save_pretrained(scratch)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(scratch)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        name_special_tokens_(tokenizer, config)
+        tokenizer.save_pretrained(scratch)
         try:
             scratch.rename(target)
         except OSError:
@@ -101,6 +104,17 @@ def _convert(gguf: Path, adapter: Path | None, target: Path) -> None:
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def name_special_tokens_(tokenizer: Any, config: Any) -> None:
+    """Beginning, end and padding as the file's metadata, thus the model's configuration, has them.
+
+    What reads a GGUF's tokenizer guesses them: transformers 5.17 takes the beginning of a turn for its end.
+    """
+    for name in ("bos_token", "eos_token", "pad_token"):
+        token_id = getattr(config, f"{name}_id")
+        if token_id is not None:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token_id))
 
 
 def merge_adapter_(weights: dict[str, torch.Tensor], adapter: dict[str, torch.Tensor]) -> None:

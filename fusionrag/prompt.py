@@ -57,6 +57,17 @@ class PromptBuilder:
         templates = f"{self._config.chunk_template!r}|{self._config.untitled_chunk_template!r}"
         return f"{tokenizer_fingerprint(self._tokenizer)[:32]}|{templates}"
 
+    @cached_property
+    def end_of_turn_id(self) -> int:
+        """The special token that the chat template puts behind an answer; the tokenizer's own end if it puts none."""
+        mark, turn = _MARK.format(1), Turn("user", "?")
+        _, tail = self._render((turn, Turn("assistant", "!"), turn))
+        behind = self._specials.match(tail.partition(mark)[2].lstrip()) if self._specials else None
+        token_id = self._tokenizer.convert_tokens_to_ids(behind[0]) if behind else self._tokenizer.eos_token_id
+        if token_id is None:
+            raise ConfigError("model", "neither the chat template nor the tokenizer says how an answer ends")
+        return int(token_id)
+
     def encode(self, title: str, text: str) -> list[int]:
         """Token ids of a whole passage, template included. Text that looks like a special token stays text."""
         template = self._config.chunk_template if title else self._config.untitled_chunk_template

@@ -125,6 +125,7 @@ def train(args: argparse.Namespace, config: TrainingConfig, material: Material, 
     first = next(rows)  # the workers start before CUDA does
     validation = rows_by_kind(material.validation, encoder, config)
     base: Any = AutoModelForCausalLM.from_pretrained(args.base, **kind)
+    check_end(encoder.end_id, base.generation_config)
     model = add_adapter(base.to("cuda" if cuda else "cpu"), config)
     if args.start_from:
         load_adapter_(model, args.start_from, config.scale)
@@ -135,6 +136,13 @@ def train(args: argparse.Namespace, config: TrainingConfig, material: Material, 
     save_adapter(model, adapter, config.scale)
     if cuda:
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB", flush=True)
+
+
+def check_end(end_id: int, generation: Any) -> None:
+    """Raises ValueError if what is trained to end answers is not what generation stops at."""
+    stops = generation.eos_token_id
+    if end_id not in (stops if isinstance(stops, list) else [stops]):
+        raise ValueError(f"answers would be trained to end with token {end_id}, but generation stops at {stops}")
 
 
 def score(base: Path, adapter: Path, material: Material) -> Scores:

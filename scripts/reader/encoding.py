@@ -23,7 +23,11 @@ class Encoder:
         self._tokenizer = tokenizer
         self._prompts = PromptBuilder(tokenizer, config or PromptConfig())
         self._passage = lru_cache(MAX_CACHED_PASSAGES)(self._prompts.encode)
-        self._end_id: int = tokenizer.eos_token_id
+
+    @property
+    def end_id(self) -> int:
+        """What ends an answer."""
+        return self._prompts.end_of_turn_id
 
     def tree(self, context: Context) -> Tree:
         """The context's tokens, and a branch for each of its questions."""
@@ -42,4 +46,4 @@ class Encoder:
 
     def answer_ids(self, answer: str) -> tuple[int, ...]:
         """The answer and the end of the turn."""
-        return (*self._tokenizer(answer, add_special_tokens=False)["input_ids"], self._end_id)
+        return (*self._tokenizer(answer, add_special_tokens=False)["input_ids"], self.end_id)

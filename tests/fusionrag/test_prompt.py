@@ -217,6 +217,13 @@ def test_a_base_model_gets_plain_text(make_tokenizer, spell):
     assert plan.token_ids.count(256) == 1  # one beginning of text
 
 
+def test_a_turn_ends_as_the_template_says_or_else_as_the_tokenizer_does(make_tokenizer):
+    unlike = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %} <|begin|>{% endif %}"
+    for template, end in ((LOOP, "<|end|>"), (unlike + "{% endfor %}", "<|begin|>"), (None, "<|end|>")):
+        tokenizer = make_tokenizer(template)
+        assert PromptBuilder(tokenizer, CONFIG).end_of_turn_id == tokenizer.convert_tokens_to_ids(end)
+
+
 def test_a_tokenizer_without_special_tokens_will_do():
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))

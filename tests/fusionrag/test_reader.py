@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fusionrag.config import EngineConfig, PromptConfig, ReuseConfig
-from fusionrag.default_model import merge_adapter_
+from fusionrag.default_model import default_model_dir, merge_adapter_, name_special_tokens_
 from fusionrag.engine import Engine
 from fusionrag.layout import naming
 from fusionrag.live_request import EngineRequest
@@ -20,6 +21,9 @@ from fusionrag.sampling import SamplingParams
 from fusionrag.store import MemoryStore
 from fusionrag.types import PromptChunk
 from index.types import chunk_id_of
+from scripts.reader.branches import Branch, Tree
+from scripts.reader.encoding import Encoder
+from scripts.reader.scoring import predicted
 
 SAMPLE = Path(__file__).parents[2] / "scripts" / "sample"
 HEAD = (
@@ -135,6 +139,30 @@ def test_the_shipped_configuration_answers_the_questions_right(engine, plans):
     for plan, answers in plans:
         events = engine.generate(EngineRequest("r", plan, SamplingParams(max_tokens=16), ReuseConfig()))
         assert "".join(e.text for e in events).strip() in answers
+
+
+@pytest.mark.slow
+def test_the_training_pass_predicts_the_answers_that_are_generated_and_their_end(reader_model, plans):
+    """What training takes for right is what generating says; a wrong end of turn made it none of the answers."""
+    encoder = Encoder(reader_model.tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(default_model_dir(), dtype=torch.float32)
+    for plan, answers in plans:
+        *context, tail = (segment.token_ids for segment in plan.segments)
+        branches = tuple(Branch(tail, encoder.answer_ids(answer)) for answer in answers)
+        tree = Tree(tuple(i for ids in context for i in ids), branches)
+        assert any(predicted(model, tree))
+
+
+def test_the_converted_model_names_the_special_tokens_that_its_configuration_has(make_tokenizer):
+    wrong, right = make_tokenizer(), make_tokenizer()
+    wrong.eos_token, wrong.pad_token = "<|begin|>", None
+    ids = {"bos_token_id": right.bos_token_id, "eos_token_id": right.eos_token_id, "pad_token_id": right.eos_token_id}
+    name_special_tokens_(wrong, LlamaConfig(**ids))
+    assert {f"{name}_id": getattr(wrong, f"{name}_id") for name in ("bos_token", "eos_token", "pad_token")} == ids
+
+
+def test_the_packaged_model_stops_where_its_turns_end(prompts, reader_model):
+    assert reader_model.eos_ids == {prompts.end_of_turn_id}
 
 
 def test_merging_an_adapter_adds_its_product_and_replaces_the_norms():

@@ -101,6 +101,13 @@ def test_context_and_branch_are_the_prompt_that_the_server_sends(tokenizer):
     assert tree.branches[0].answer_ids == (*tokenizer("a port")["input_ids"], tokenizer.eos_token_id)
 
 
+def test_answers_end_as_turns_of_the_chat_do_whatever_the_tokenizer_calls_its_end(make_tokenizer):
+    """transformers 5.17 calls the beginning of a turn the end, and a reader learned never to stop."""
+    confused = make_tokenizer()
+    confused.eos_token = "<|begin|>"
+    assert Encoder(confused).answer_ids("port")[-1] == confused.convert_tokens_to_ids("<|end|>")
+
+
 def test_neighbours_are_ranked_by_the_words_they_share():
     texts = ["red boats sail north", "red boats sail south", "green hills", "green hills and boats"]
     found = nearest(texts, 2)

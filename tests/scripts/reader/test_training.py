@@ -21,7 +21,7 @@ from scripts.reader.encoding import Encoder
 from scripts.reader.scoring import predicted
 from scripts.reader.stream import RowStream
 from scripts.reader.training import Trainer, plot_loss
-from scripts.train_reader import main
+from scripts.train_reader import check_end, main
 
 
 @pytest.fixture
@@ -77,6 +77,15 @@ def test_answers_count_as_predicted_where_every_token_is(make_peft, small):
     expected = [True, True, False, False, False]
     assert predicted(lm, trees[0]) == expected
     assert trainer.predicted(list(pack(trees, 1, 128))) == pytest.approx(100 * sum(expected) / len(expected))
+
+
+def test_a_model_that_stops_at_another_token_is_refused(make_hf, make_config, tokenizer):
+    end_id = Encoder(tokenizer).end_id
+    for stops in (end_id, [end_id, 3]):
+        check_end(end_id, make_hf(make_config("llama", eos_token_id=stops), "sdpa").generation_config)
+    for stops in (end_id - 1, [3, 4], None):
+        with pytest.raises(ValueError, match="generation stops at"):
+            check_end(end_id, make_hf(make_config("llama", eos_token_id=stops), "sdpa").generation_config)
 
 
 def test_the_command_trains_scores_and_leaves_out_what_is_evaluated(tmp_path, files, tiny_model, small, capsys):
