@@ -54,5 +54,6 @@ def rows_by_kind(contexts: Sequence[Context], encoder: Encoder, config: Training
     for kind in sorted({q.kind for context in contexts for q in context.questions}):
         asked = [replace(c, questions=tuple(q for q in c.questions if q.kind == kind)) for c in contexts]
         trees = [encoder.tree(context) for context in asked if context.questions]
-        found[kind] = list(pack(trees, config.micro_rows, config.row_tokens))
+        if rows := list(pack(trees, config.micro_rows, config.row_tokens)):  # none if all are longer than a row
+            found[kind] = rows
     return found

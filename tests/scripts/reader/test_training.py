@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM
 from scripts.reader.adapter import add_adapter, save_adapter
 from scripts.reader.branches import Branch, Rows, Tree, pack
 from scripts.reader.config import ContextConfig
-from scripts.reader.contexts import Composer
+from scripts.reader.contexts import Composer, Context
 from scripts.reader.encoding import Encoder
+from scripts.reader.passages import Passage, Question
 from scripts.reader.scoring import predicted
-from scripts.reader.stream import RowStream
+from scripts.reader.stream import RowStream, rows_by_kind
 from scripts.reader.training import Trainer, plot_loss
 from scripts.train_reader import check_end, main
 
@@ -54,6 +55,12 @@ def test_loss_falls(make_peft, small, tmp_path):
 def test_parts_of_a_step_add_up(make_peft, small):
     progress = Trainer(make_peft(), replace(small, rows=2, micro_rows=1, max_steps=1)).train(copying_rows(1))
     assert len(progress) == 1 and progress[0].gradient_norm > 0
+
+
+def test_kinds_whose_contexts_are_longer_than_a_row_are_not_looked_at(tokenizer, small):
+    short, long = (Passage("Kell", "Kell is a port. " * n) for n in (1, 99))
+    asked = [Context((p,), (Question("Where?", "a port", kind),)) for p, kind in ((short, "short"), (long, "long"))]
+    assert list(rows_by_kind(asked, Encoder(tokenizer), replace(small, row_tokens=1024))) == ["short"]
 
 
 def test_the_schedule_ends_when_the_time_is_over(make_peft, small):
