@@ -83,9 +83,11 @@ class ReuseConfig:
 
     method: str = knob("attention", f"which tokens to recompute: {', '.join(METHODS)}")
     recompute_ratio: float = knob(0.15, "share of the reused tokens that is recomputed, 0 to 1; 1 is full prefill")
+    # better than the upper half in all four cells of the selection halves, and a quarter of the probe is saved
     probe_layers: str = knob(
-        "late",
-        "layers whose attention scores the tokens (method attention): all, late (upper half), last, or ranges: 8-19,25",
+        "third-quarter",
+        "layers whose attention scores the tokens (method attention): all, late (upper half), third-quarter, last, "
+        "or ranges: 8-19,25",
     )
     probe_rows: str = knob("tail", "rows whose attention is added up: the whole tail, or only the question's tokens")
     normalize_layers: bool = knob(True, "scale each probed layer's attention to the same mass before adding up")

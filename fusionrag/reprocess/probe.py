@@ -110,10 +110,14 @@ def random_scores(inputs: ScoreInputs) -> torch.Tensor:
 
 
 def parse_layers(text: str, num_layers: int) -> frozenset[int]:
-    """'all', 'late' (upper half), 'last', or ranges such as '8-19,25'. Raises ConfigError on anything else."""
+    """'all', 'late' (upper half), 'third-quarter' (its lower part), 'last', or ranges such as '8-19,25'.
+
+    Raises ConfigError on anything else.
+    """
     named = {
         "all": range(num_layers),
         "late": range(num_layers // 2, num_layers),
+        "third-quarter": range(num_layers // 2, max(num_layers // 2 + 1, -(-3 * num_layers // 4))),
         "last": range(num_layers - 1, num_layers),
     }
     if text in named:
@@ -122,7 +126,9 @@ def parse_layers(text: str, num_layers: int) -> frozenset[int]:
     for part in text.split(","):
         found = re.fullmatch(r"\s*([0-9]+)\s*(?:-\s*([0-9]+)\s*)?", part)
         if not found:
-            raise ConfigError("probe_layers", f"{text!r}: expected all, late, last or ranges such as 8-19,25")
+            raise ConfigError(
+                "probe_layers", f"{text!r}: expected all, late, third-quarter, last or ranges such as 8-19,25"
+            )
         first, last = int(found[1]), int(found[2] or found[1])
         if not first <= last < num_layers:
             raise ConfigError("probe_layers", f"{text!r}: the model has layers 0 to {num_layers - 1}")

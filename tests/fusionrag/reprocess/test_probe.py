@@ -66,7 +66,7 @@ def naive_mass(queries, keys, first_position):
     return torch.tensor(mass)
 
 
-@pytest.mark.parametrize("probe_layers", ["all", "late", "last", "0-1", "0,2"])
+@pytest.mark.parametrize("probe_layers", ["all", "late", "third-quarter", "last", "0-1", "0,2"])
 @pytest.mark.parametrize("probe_rows", ["tail", "question"])
 def test_attention_scores_are_the_mean_over_the_configured_layers(probe_layers, probe_rows, bench):
     inputs = lay(bench, 11, 14, 9, probe_layers=probe_layers, probe_rows=probe_rows, normalize_layers=False)
@@ -215,7 +215,9 @@ def test_the_upper_half_of_an_odd_number_of_layers_is_the_larger():
 
 @pytest.mark.parametrize("text", ["", "every", "1,", ",1", "1-2-3", "-1", "8-", "a-b", "1.5", "1;2", "²", "all,1"])
 def test_layers_that_cannot_be_read_are_refused_by_name(text):
-    with pytest.raises(ConfigError, match=r"probe_layers: .*expected all, late, last or ranges") as error:
+    with pytest.raises(
+        ConfigError, match=r"probe_layers: .*expected all, late, third-quarter, last or ranges"
+    ) as error:
         parse_layers(text, 30)
     assert error.value.field == "probe_layers"
 
