@@ -126,9 +126,7 @@ def parse_layers(text: str, num_layers: int) -> frozenset[int]:
     for part in text.split(","):
         found = re.fullmatch(r"\s*([0-9]+)\s*(?:-\s*([0-9]+)\s*)?", part)
         if not found:
-            raise ConfigError(
-                "probe_layers", f"{text!r}: expected all, late, third-quarter, last or ranges such as 8-19,25"
-            )
+            raise ConfigError("probe_layers", f"{text!r}: expected {', '.join(named)} or ranges such as 8-19,25")
         first, last = int(found[1]), int(found[2] or found[1])
         if not first <= last < num_layers:
             raise ConfigError("probe_layers", f"{text!r}: the model has layers 0 to {num_layers - 1}")

@@ -198,6 +198,7 @@ def test_random_scores_are_the_seeds_alone(bench):
     [
         ("all", range(30)),
         ("late", range(15, 30)),
+        ("third-quarter", range(15, 23)),
         ("last", [29]),
         ("0", [0]),
         ("8-19,25", [*range(8, 20), 25]),
@@ -211,6 +212,11 @@ def test_layers_are_named_or_spelled_as_ranges(text, expected):
 
 def test_the_upper_half_of_an_odd_number_of_layers_is_the_larger():
     assert parse_layers("late", 3) == {1, 2}
+
+
+@pytest.mark.parametrize(("num_layers", "expected"), [(1, [0]), (2, [1]), (3, [1, 2]), (4, [2]), (28, range(14, 21))])
+def test_the_third_quarter_is_never_empty(num_layers, expected):
+    assert parse_layers("third-quarter", num_layers) == frozenset(expected)
 
 
 @pytest.mark.parametrize("text", ["", "every", "1,", ",1", "1-2-3", "-1", "8-", "a-b", "1.5", "1;2", "²", "all,1"])
