@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 
@@ -91,6 +92,20 @@ class EncodedKV:
     def bytes_of_layers(self) -> Mapping[str, torch.Tensor]:
         """The tensors as uint8 (L, bytes of a layer): views, for copying runs of layers."""
         return {name: t.view(t.shape[0], -1).view(torch.uint8) for name, t in self.tensors.items()}
+
+    @cached_property
+    def packed(self) -> torch.Tensor | None:
+        """The bytes of all tensors as one, uint8 (n,), "kv" last: a view. None where they do not follow each other."""
+        *_, last = tensors = list(self.tensors.values())
+        memory, begin = last.untyped_storage(), tensors[0].storage_offset() * tensors[0].itemsize
+        ends = accumulate((t.nbytes for t in tensors), initial=begin)
+        in_place = (
+            t.untyped_storage().data_ptr() == memory.data_ptr() and t.storage_offset() * t.itemsize == end
+            for t, end in zip(tensors, ends, strict=False)
+        )
+        if not all(in_place) or last is not self.tensors["kv"]:
+            return None
+        return torch.empty(0, dtype=torch.uint8, device=last.device).set_(memory, begin, (self.num_bytes,), (1,))
 
     @cached_property
     def kv(self) -> ChunkKV:

@@ -22,7 +22,8 @@ from fusionrag.arena import FreeList
 from fusionrag.store.codec import EncodedKV, TensorLayout
 from fusionrag.types import Span
 
-ALIGNMENT = 256  # of every tensor: the widest loads of a kernel want 16
+ALIGNMENT = 256  # of an object, and of its tensors where they are copied one by one
+WIDEST_LOAD = 16  # bytes, of a kernel: so much "kv" is aligned wherever it lies
 
 
 @dataclass(frozen=True)
@@ -36,18 +37,24 @@ class Offsets:
 
 @dataclass(frozen=True, eq=False)
 class DeviceKV:
-    """One chunk's encoded KV at `start` of a device buffer; tensors as `codec.layout` names them, each aligned."""
+    """One chunk's encoded KV at `start` of a device buffer; tensors as `codec.layout` names them.
+
+    is_packed: they follow each other as in host memory, so that one copy brings several; else each is aligned.
+    """
 
     buffer: torch.Tensor  # uint8 (n,)
     start: int
     codec: str
     dtype: torch.dtype
     tensors: tuple[TensorLayout, ...]
+    is_packed: bool = False
 
     @cached_property
     def _starts(self) -> Mapping[str, int]:
         """Byte at which each tensor begins in the buffer."""
-        sizes = [_aligned(prod(t.shape) * t.dtype.itemsize) for t in self.tensors]
+        sizes = [prod(t.shape) * t.dtype.itemsize for t in self.tensors]
+        if not self.is_packed:
+            sizes = [_aligned(size) for size in sizes]
         starts = accumulate(sizes, initial=self.start)
         return {t.name: start for t, start in zip(self.tensors, starts, strict=False)}
 
@@ -74,6 +81,13 @@ class DeviceKV:
         Scales are small and come with layer 0, those of all layers: a copy costs the host more than the link.
         """
         first, num_layers = layers.start, layers.stop - layers.start
+        if self.is_packed:
+            assert payload.packed is not None
+            kv, size = self._starts["kv"] - self.start, _layer_bytes(self.tensors[-1])
+            begin, end = (kv + first * size if first else 0), kv + layers.stop * size
+            source = payload.packed.narrow(0, begin, end - begin)
+            self.buffer.narrow(0, self.start + begin, end - begin).copy_(source, non_blocking=True)
+            return
         for name, target in self._bytes_of_layers.items():
             source = payload.bytes_of_layers[name]
             if name == "kv":
@@ -108,7 +122,7 @@ class DeviceTier:
 
         What finds no room here shares one buffer of its own, for as long as it is held.
         """
-        sizes = [sum(_aligned(t.nbytes) for t in payload.tensors.values()) for payload, _ in payloads]
+        sizes = [sum(_aligned(t.nbytes) for t in payload.tensors.values()) for payload, _ in payloads]  # at most
         spans = [self._room(size) for size in sizes]
         overflow = sum(size for size, span in zip(sizes, spans, strict=True) if span is None)
         own = torch.empty(overflow, dtype=torch.uint8, device=self._buffer.device)
@@ -116,7 +130,7 @@ class DeviceTier:
         for (payload, digest), size, span in zip(payloads, sizes, spans, strict=True):
             tensors = tuple(TensorLayout(name, t.dtype, tuple(t.shape)) for name, t in payload.tensors.items())
             buffer, start = (own, at) if span is None else (self._buffer, span.start)
-            kv = DeviceKV(buffer, start, payload.codec, payload.dtype, tensors)
+            kv = DeviceKV(buffer, start, payload.codec, payload.dtype, tensors, _is_packed(payload))
             reserved.append(kv)
             if span is None:
                 at += size
@@ -134,6 +148,10 @@ class DeviceTier:
                 return None
             self._kept.popitem(last=False)
         return span
+
+
+def _is_packed(payload: EncodedKV) -> bool:
+    return payload.packed is not None and (payload.num_bytes - payload.tensors["kv"].nbytes) % WIDEST_LOAD == 0
 
 
 def _aligned(num_bytes: int) -> int:

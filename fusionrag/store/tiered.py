@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -85,9 +86,10 @@ class TieredStore:
         """As host memory keeps it."""
         if self._pinned is None:
             return payload.decoded()
-        copies = {}
-        for name, tensor in payload.tensors.items():
-            copies[name] = self._allocate(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
+        block, copies = self._allocate(payload.num_bytes), {}
+        ends = accumulate(tensor.nbytes for tensor in payload.tensors.values())
+        for (name, tensor), end in zip(payload.tensors.items(), ends, strict=True):
+            copies[name] = block[end - tensor.nbytes : end].view(tensor.dtype).view(tensor.shape)
             copies[name].copy_(tensor)
         return EncodedKV(payload.codec, payload.dtype, copies)
 

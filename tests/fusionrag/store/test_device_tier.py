@@ -25,6 +25,10 @@ def payload(seed: int = 0, codec: str = "none", shape: KVShape = SHAPE) -> Encod
     return EncodedKV(codec, torch.float32, tensors)
 
 
+def payload_as_it_is(encoded: EncodedKV) -> EncodedKV:
+    return encoded
+
+
 def size_of(encoded: EncodedKV) -> int:
     return sum(-(-t.nbytes // ALIGNMENT) * ALIGNMENT for t in encoded.tensors.values())
 
@@ -45,9 +49,32 @@ def bytes_at(kv, name: str, layer: int, num_bytes: int) -> torch.Tensor:
     return kv.buffer[start : start + num_bytes]
 
 
+def packed(encoded: EncodedKV, gap: int = 0) -> EncodedKV:
+    """The same in one block of memory, as it is read from a file; `gap` bytes before "kv"."""
+    pieces, at = {}, 8
+    block = torch.zeros(at + encoded.num_bytes + gap, dtype=torch.uint8)
+    for name, tensor in encoded.tensors.items():
+        at += gap if name == "kv" else 0
+        pieces[name] = block[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        pieces[name].copy_(tensor)
+        at += tensor.nbytes
+    return EncodedKV(encoded.codec, encoded.dtype, pieces)
+
+
 @pytest.mark.parametrize("codec", CODECS)
-def test_every_layer_of_every_tensor_is_where_the_offsets_say(codec):
+def test_bytes_in_one_block_are_known_as_such(codec):
     encoded = payload(3, codec)
+    one = packed(encoded).packed
+    assert one is not None
+    assert one.equal(torch.cat([t.contiguous().view(-1).view(torch.uint8) for t in encoded.tensors.values()]))
+    if len(encoded.tensors) > 1:
+        assert encoded.packed is None and packed(encoded, gap=8).packed is None
+
+
+@pytest.mark.parametrize("arranged", [payload_as_it_is, packed], ids=["apart", "packed"])
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_layer_of_every_tensor_is_where_the_offsets_say(codec, arranged):
+    encoded = arranged(payload(3, codec))
     (kv,) = DeviceTier(1 << 20, CPU).reserve([(encoded, None)])
     for layers in (slice(2, 3), slice(0, 2)):  # in any order
         kv.copy_layers_(encoded, layers)
@@ -55,7 +82,7 @@ def test_every_layer_of_every_tensor_is_where_the_offsets_say(codec):
         for layer in range(SHAPE.num_layers):
             expected = tensor[layer].contiguous().view(-1).view(torch.uint8)
             assert bytes_at(kv, name, layer, len(expected)).equal(expected)
-        assert getattr(kv.offsets(0), name) % ALIGNMENT == 0
+        assert getattr(kv.offsets(0), name) % (16 if name == "kv" else 4) == 0
     assert (kv.num_tokens, kv.codec, kv.dtype) == (SHAPE.num_tokens, codec, torch.float32)
 
 
