@@ -103,6 +103,8 @@ class DeviceTier:
         self._buffer = torch.empty(capacity_bytes, dtype=torch.uint8, device=device)
         self._free = FreeList(capacity_bytes)
         self._kept: OrderedDict[str, DeviceKV] = OrderedDict()  # least recently used first
+        self._overflow = self._buffer[:0]  # of the latest that found no room here
+        self._in_overflow: list[weakref.ref[DeviceKV]] = []
 
     @property
     def num_free(self) -> int:
@@ -118,15 +120,15 @@ class DeviceTier:
         self._kept.pop(digest, None)
 
     def reserve(self, payloads: Sequence[tuple[EncodedKV, str | None]]) -> list[DeviceKV]:
-        """Room for each payload, whose bytes the caller copies before anybody else asks; kept under its digest, if any.
+        """Room for each payload, whose bytes the caller copies before anybody else asks; kept under its digest.
 
-        What finds no room here shares one buffer of its own, for as long as it is held.
+        What finds no room here shares one buffer of its own, for as long as it is held. That is used again when
+        nobody holds any of that: a request's KV is up to gigabytes, and getting those anew can take longer than the copy.
         """
         sizes = [sum(_aligned(t.nbytes) for t in payload.tensors.values()) for payload, _ in payloads]  # at most
         spans = [self._room(size) for size in sizes]
         overflow = sum(size for size, span in zip(sizes, spans, strict=True) if span is None)
-        own = torch.empty(overflow, dtype=torch.uint8, device=self._buffer.device)
-        reserved, at = [], 0
+        own, reserved, at = self._room_outside(overflow), [], 0
         for (payload, digest), size, span in zip(payloads, sizes, spans, strict=True):
             tensors = tuple(TensorLayout(name, t.dtype, tuple(t.shape)) for name, t in payload.tensors.items())
             buffer, start = (own, at) if span is None else (self._buffer, span.start)
@@ -134,11 +136,23 @@ class DeviceTier:
             reserved.append(kv)
             if span is None:
                 at += size
+                self._in_overflow.append(weakref.ref(kv))
             else:
                 weakref.finalize(kv, self._free.free_later, span).atexit = False
                 if digest is not None:
                     self._kept[digest] = kv
         return reserved
+
+    def _room_outside(self, num_bytes: int) -> torch.Tensor:
+        """At least `num_bytes` that nobody holds."""
+        if num_bytes == 0:
+            return self._overflow
+        is_free = all(kv() is None for kv in self._in_overflow)
+        if not is_free or num_bytes > len(self._overflow):
+            self._overflow = self._buffer[:0]  # gone first, if nobody holds it: there may not be room for both
+            self._overflow = torch.empty(num_bytes, dtype=torch.uint8, device=self._buffer.device)
+        self._in_overflow = []
+        return self._overflow
 
     def _room(self, num_bytes: int) -> Span | None:
         if num_bytes > self._free.capacity:

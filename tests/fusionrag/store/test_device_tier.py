@@ -161,3 +161,20 @@ def test_objects_in_a_cycle_come_back_when_python_collects_them():
     del cycle
     gc.collect()
     assert tier.num_free == 2 * ONE
+
+
+def test_memory_outside_the_tier_is_used_again_when_nobody_holds_what_was_there():
+    tier = DeviceTier(0, CPU)
+    (first,) = put(tier, 1)
+    tier.reserve([])
+    (second,) = put(tier, 2)
+    assert first.buffer.data_ptr() != second.buffer.data_ptr(), "somebody holds the first"
+    memory = second.buffer
+    del second
+    (third,) = put(tier, 3)
+    assert third.buffer.data_ptr() == memory.data_ptr()
+    del third
+    larger = put(tier, 4, 5, 6)
+    assert larger[0].buffer.data_ptr() != memory.data_ptr() and len(larger[0].buffer) >= 3 * ONE
+    for kv, seed in ((first, 1), *zip(larger, (4, 5, 6), strict=True)):
+        assert bytes_at(kv, "kv", 0, 16).equal(payload(seed).tensors["kv"].view(-1).view(torch.uint8)[:16])
