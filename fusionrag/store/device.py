@@ -122,8 +122,8 @@ class DeviceTier:
     def reserve(self, payloads: Sequence[tuple[EncodedKV, str | None]]) -> list[DeviceKV]:
         """Room for each payload, whose bytes the caller copies before anybody else asks; kept under its digest.
 
-        What finds no room here shares one buffer of its own, for as long as it is held. That is used again when
-        nobody holds any of that: a request's KV is up to gigabytes, and getting those anew can take longer than the copy.
+        What finds no room here shares one buffer of its own, for as long as it is held. That is used again when nobody
+        holds any of it: a request's KV is up to gigabytes, and getting those anew can take longer than the copy.
         """
         sizes = [sum(_aligned(t.nbytes) for t in payload.tensors.values()) for payload, _ in payloads]  # at most
         spans = [self._room(size) for size in sizes]
