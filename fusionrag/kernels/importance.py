@@ -45,7 +45,7 @@ def attention_mass(
 def _block_shape(head_dim: int, dtype: torch.dtype) -> TileShape:
     if dtype == torch.float32:
         return TileShape(32, 32, 4, 2)
-    return TileShape(128, 128, 8, 2) if padded(head_dim) <= 128 else TileShape(64, 64, 4, 2)
+    return TileShape(64, 128, 8, 2) if padded(head_dim) <= 128 else TileShape(64, 64, 4, 2)
 
 
 @jit("positions", "slots", "lse", "parts", "first", "last", "num_keys")
@@ -55,7 +55,10 @@ def _attention_mass_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N keys of one head, all its rows, added up in a fixed order. parts: (G, num_keys)."""
+    """One program: BLOCK_N keys of one head, all its rows, added up in a fixed order. parts: (G, num_keys).
+
+    Pairs lie along the scores' rows, of which a thread has few: what belongs to a pair is not held once for each key.
+    """
     first_key, kv_head = tl.program_id(0) * BLOCK_N, tl.program_id(1)
     key_positions = first_key + tl.arange(0, BLOCK_N)
     at_d = tl.arange(0, BLOCK_D)
@@ -63,23 +66,23 @@ def _attention_mass_kernel(
     newest = tl.minimum(tl.load(positions + last - 1), num_keys - 1)
     at_key = kv_head.to(tl.int64) * stride_kg + (span_start + key_positions)[:, None] * stride_ks + at_d[None, :]
     is_key = (key_positions <= newest)[:, None] & (at_d < HEAD_DIM)[None, :]
-    head_keys = tl.load(keys + at_key, mask=is_key, other=0.0)
-    received = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    head_keys = tl.trans(tl.load(keys + at_key, mask=is_key, other=0.0))
+    received = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     num_pairs = (last - first) * GROUP if first_key <= newest else 0
     for pair in range(0, num_pairs, BLOCK_M):
         pairs = pair + tl.arange(0, BLOCK_M)
         rows, heads = first + pairs // GROUP, kv_head * GROUP + pairs % GROUP
         is_row = rows < last
-        own = tl.load(positions + rows, mask=is_row, other=-1)
-        is_row = is_row & (tl.load(slots + rows, mask=is_row, other=-1) >= 0)  # others only fill up the pass
         at = rows.to(tl.int64)[:, None] * stride_qr + heads[:, None] * stride_qh + at_d[None, :]
         some = tl.load(queries + at, mask=is_row[:, None] & (at_d < HEAD_DIM)[None, :], other=0.0)
         norm = tl.load(lse + rows * tl.num_programs(1) * GROUP + heads, mask=is_row, other=0.0) * 1.4426950408889634
-        scores = tl.dot(head_keys, tl.trans(some), input_precision=PRECISION) * scale - norm[None, :]
-        seen = is_row[None, :] & (own[None, :] >= key_positions[:, None])
-        received += tl.where(seen, tl.exp2(scores), 0.0)
+        own = tl.load(positions + rows, mask=is_row, other=-1).to(tl.int32)
+        is_real = tl.load(slots + rows, mask=is_row, other=-1) >= 0  # others only fill up the pass
+        own = tl.where(is_real, own, -1)
+        scores = tl.dot(some, head_keys, input_precision=PRECISION) * scale - norm[:, None]
+        received += tl.where(own[:, None] >= key_positions[None, :], tl.exp2(scores), 0.0)
     at_part = kv_head.to(tl.int64) * num_keys + key_positions
-    tl.store(parts + at_part, tl.sum(received, 1), mask=key_positions < num_keys)
+    tl.store(parts + at_part, tl.sum(received, 0), mask=key_positions < num_keys)
 
 
 def attention_mass_reference(
