@@ -285,17 +285,9 @@ class Engine:
         assert stitched is not None
         seed = live.request.sampling.seed or 0
         inputs = ScoreInputs(
-            self.model,
-            self.arena,
-            live.span,
-            plan,
-            stitched.chunk_of,
-            stitched.candidates,
-            reuse,
-            seed,
-            stitched.arrival,
-            self._passes if self._passes.is_on else None,
-        )
+            self.model, self.arena, live.span, plan, stitched.chunk_of, stitched.candidates, reuse, seed,
+            stitched.arrival, self._passes if self._passes.is_on else None,
+        )  # fmt: skip
         selection = choose(inputs, stitched.num_reused)
         selected = selection.positions
         live.observer = recompute_observer(self.model, self.arena, plan, stitched.chunk_of, selected, reuse)
