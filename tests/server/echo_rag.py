@@ -79,6 +79,7 @@ class EchoEngine:
     cancelled: list[str] = field(default_factory=list)
     threads: set[str] = field(default_factory=set)
     num_steps: int = 0
+    num_rests: int = 0
 
     @property
     def has_work(self) -> bool:
@@ -106,6 +107,9 @@ class EchoEngine:
         self.num_steps += 1
         time.sleep(self.delay_s)
         return [self._advance(request, at) for request, at in list(self.live.values())]
+
+    def rest(self) -> None:
+        self.num_rests += 1
 
     def _advance(self, request: EchoRequest, at: int) -> TokenEvent:
         word, words = request.words[at], request.words

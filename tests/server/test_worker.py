@@ -154,6 +154,14 @@ async def test_the_load_is_the_engines_after_its_latest_step() -> None:
         await until(lambda: worker.load.num_running == 0)
 
 
+async def test_the_engine_may_rest_whenever_nothing_is_left_to_do() -> None:
+    engine = EchoEngine()
+    async with started(engine) as worker:
+        for number in (1, 2):
+            await events_of(worker, request("x y"))
+            await until(lambda number=number: engine.num_rests == number)
+
+
 class Chores:
     """Background work of so many pieces; fails at piece number `fails_at`."""
 
