@@ -286,7 +286,7 @@ class Engine:
         seed = live.request.sampling.seed or 0
         inputs = ScoreInputs(
             self.model, self.arena, live.span, plan, stitched.chunk_of, stitched.candidates, reuse, seed,
-            stitched.arrival, self._passes if self._passes.is_on else None,
+            stitched.arrival, self._passes,
         )  # fmt: skip
         selection = choose(inputs, stitched.num_reused)
         selected = selection.positions

@@ -82,12 +82,15 @@ class Replay:
 
 
 class Buffers:
-    """The rows of a pass of fixed size, in place. token_ids, positions, slots: (R,) int64; starts: (num_groups,)."""
+    """The rows of a pass of fixed size, in place. token_ids, positions, slots: (R,) int64.
 
-    def __init__(self, num_rows: int, num_groups: int, device: torch.device) -> None:
+    start: (1,) int64, of the span, where all rows are one group's.
+    """
+
+    def __init__(self, num_rows: int, device: torch.device) -> None:
         self.token_ids, self.positions = (torch.zeros(num_rows, dtype=torch.int64, device=device) for _ in range(2))
         self.slots = torch.full((num_rows,), UNUSED, device=device)
-        self.starts = torch.zeros(num_groups, dtype=torch.int64, device=device)
+        self.start = torch.zeros(1, dtype=torch.int64, device=device)
 
 
 class RowPass:
@@ -106,9 +109,9 @@ class RowPass:
         self._model, self._token_ids = model, buffers.token_ids
         span, is_one = Span(0, span_length), observer is not None or wanted is not None
         rows = [slice(None)] if is_one else [slice(i, i + 1) for i in range(len(buffers.token_ids))]
-        starts = buffers.starts if is_one else None
+        start = buffers.start if is_one else None
         groups = [
-            RowGroup(span, buffers.token_ids[r], buffers.positions[r], 1, observer=observer, start_on_device=starts)
+            RowGroup(span, buffers.token_ids[r], buffers.positions[r], 1, observer=observer, start_on_device=start)
             for r in rows
         ]
         self.step = ForwardStep(
@@ -163,7 +166,7 @@ class DecodeGraphs:
         return logits[:num]
 
     def _prepare(self, size: int) -> tuple[Buffers, RowPass, Replay]:
-        buffers = Buffers(size, size, self._model.device)
+        buffers = Buffers(size, self._model.device)
         longest = min(self._model.max_model_len, self._arena.num_slots)
         row_pass = RowPass(self._model, self._arena, buffers, longest)
         every = range(self._model.shape.num_layers)

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from functools import partial
+from typing import TypeVar, cast
 
 import torch
 
@@ -30,6 +31,8 @@ from fusionrag.types import AttentionObserver, KVArrival, RowGroup
 MAX_ROWS = 2048
 MAX_PASSES = 64  # kept, the least recently used out first; a captured one takes a few MiB
 MIN_POSITIONS, MIN_CHUNKS = 1024, 16
+
+P = TypeVar("P", bound="_Pass")
 
 
 class StaticPasses:
@@ -48,13 +51,7 @@ class StaticPasses:
         """As `reprocess.probe.AttentionProbe`: (≥ N,) importance, valid until the next pass, or None."""
         if not self._takes(group):
             return None
-        key = ("probe", *self._size(group), layers, normalize)
-        probe = self._passes.get(key)
-        if probe is None:
-            probe = _Probe(self._model, self._arena, self._pool, *self._size(group), layers, normalize)
-        assert isinstance(probe, _Probe)
-        self._used(key, probe)
-        return probe.run_for(group, rows, is_candidate)
+        return self._pass(_Probe, *self._size(group), layers, normalize).run_for(group, rows, is_candidate)
 
     def recompute(self, group: RowGroup) -> torch.Tensor | None:
         """Logits (1, V) of the group's last row, valid until the next pass; None where it must run as any other."""
@@ -63,13 +60,7 @@ class StaticPasses:
             return None
         num_chunks = 0 if corrected is None else _power_of_two(len(corrected.borders) - 1, MIN_CHUNKS)
         weight = 0.0 if corrected is None else corrected.weight
-        key = ("recompute", *self._size(group), num_chunks, weight)
-        recompute = self._passes.get(key)
-        if recompute is None:
-            recompute = _Recompute(self._model, self._arena, self._pool, *self._size(group), num_chunks, weight)
-        assert isinstance(recompute, _Recompute)
-        self._used(key, recompute)
-        return recompute.run_for(group)
+        return self._pass(_Recompute, *self._size(group), num_chunks, weight).run_for(group)
 
     def capture(self) -> None:
         """Captures what ran for the first time since the last call."""
@@ -85,13 +76,18 @@ class StaticPasses:
         step = 16 if group.num_rows <= 128 else 64 if group.num_rows <= 1024 else 128
         return -(-group.num_rows // step) * step, min(_power_of_two(group.span.length, MIN_POSITIONS), self._longest)
 
-    def _used(self, key: Hashable, one: _Pass) -> None:
-        if key not in self._passes:
-            self._to_capture.append(one)
-        self._passes[key] = one
+    def _pass(self, kind: type[P], *sizes: Hashable) -> P:
+        """The one of this kind and these sizes, made if it is not there."""
+        key, make = (kind, *sizes), cast("Callable[..., P]", kind)
+        found = self._passes.get(key)
+        if found is None:
+            found = self._passes[key] = make(self._model, self._arena, self._pool, *sizes)
+            self._to_capture.append(found)
         self._passes.move_to_end(key)
         while len(self._passes) > MAX_PASSES:
             self._passes.popitem(last=False)
+        assert isinstance(found, kind)
+        return found
 
 
 class _Pass:
@@ -119,7 +115,7 @@ class _Pass:
 
     def _fill(self, group: RowGroup) -> None:
         own, num = self.buffers, group.num_rows
-        own.starts.fill_(group.span.start)
+        own.start.fill_(group.span.start)
         own.token_ids[:num] = group.token_ids
         own.positions[:num] = group.positions
         own.positions[num:] = group.positions[-1]
@@ -146,7 +142,7 @@ class _Probe(_Pass):
         layers: frozenset[int],
         normalize: bool,
     ) -> None:
-        shape, buffers = model.shape, Buffers(num_rows, 1, model.device)
+        shape, buffers = model.shape, Buffers(num_rows, model.device)
         whole = [RequestRows(0, num_rows, 0, num_positions)]
         sizes = shape.num_heads, shape.num_kv_heads, shape.head_dim
         plan = plan_rows(buffers.positions, buffers.slots, whole, *sizes, model.dtype)
@@ -186,13 +182,13 @@ class _Recompute(_Pass):
         num_chunks: int,
         weight: float,
     ) -> None:
-        device, buffers = model.device, Buffers(num_rows, 1, model.device)
+        device, buffers = model.device, Buffers(num_rows, model.device)
         self._correction = None
         if num_chunks:
             chunk_of = torch.full((num_positions,), -1, device=device)
             borders = torch.zeros(num_chunks + 1, dtype=torch.int64, device=device)
             self._correction = MeanResidual(arena, model.rope, chunk_of, borders, weight)
-        self._last = Buffers(1, 1, device)
+        self._last = Buffers(1, device)
         last = RowPass(model, arena, self._last, num_positions)
         self._wanted = torch.zeros(1, dtype=torch.int64, device=device)
         wanted = self._wanted, last.step

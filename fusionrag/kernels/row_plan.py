@@ -15,7 +15,6 @@ import torch
 
 from fusionrag.kernels import rows_attention_hopper
 from fusionrag.kernels.backend import has_wgmma, padded, takes, to_device
-from fusionrag.types import RowGroup
 
 ROWS_PER_BLOCK = 128  # of the reference: large enough for GEMM speed, small enough to skip most keys it cannot see
 
@@ -110,13 +109,6 @@ def plan_rows(
     return replace(
         plan, shape=shape, tiles=to_device(tiles.contiguous(), device), num_splits=num_splits, is_hopper=is_hopper
     )
-
-
-def plan_rows_of(group: RowGroup, num_heads: int, keys: torch.Tensor) -> RowPlan:
-    """For a group that runs alone, without a window. keys: (G, S, D), one layer of the arena."""
-    rows = [RequestRows(0, group.num_rows, group.span.start, group.span.length)]
-    slots = group.positions + group.first_slot
-    return plan_rows(group.positions, slots, rows, num_heads, keys.shape[0], keys.shape[2], keys.dtype)
 
 
 # Measured on an H100 with 28 query heads over 4, bf16 (`bench kernels`); shared memory of all is below 163 KiB (A100).

@@ -22,7 +22,7 @@ from fusionrag.attention import StopForward
 from fusionrag.config import ReuseConfig
 from fusionrag.errors import ConfigError
 from fusionrag.kernels.importance import attention_mass
-from fusionrag.kernels.row_plan import RowPlan, plan_rows_of
+from fusionrag.kernels.row_plan import RequestRows, RowPlan, plan_rows
 from fusionrag.kernels.rows_attention import rows_attention
 from fusionrag.model import LanguageModel
 from fusionrag.reprocess.links import carried_over, repeated_pairs
@@ -196,7 +196,7 @@ class AttentionProbe(AttentionObserver):
     def after_attention(self, layer: int, group: RowGroup, queries: torch.Tensor, sums: torch.Tensor | None) -> None:
         keys, scaling = self._arena.keys[layer], queries.shape[2] ** -0.5
         if self._plan is None:
-            self._plan = plan_rows_of(group, queries.shape[1], keys)
+            self._plan = _plan_alone(group, queries.shape[1], keys)
         if sums is None and self._plan.tiles is not None:  # the kernel wants every row's softmax sum
             sums = torch.empty(queries.shape[:2], dtype=torch.float32, device=queries.device)
             rows_attention(queries, keys, self._arena.values[layer], self._plan, scaling, lse=sums)
@@ -209,6 +209,13 @@ class AttentionProbe(AttentionObserver):
         self.importance.add_(mass, alpha=1 / len(self.sums_at))
         if layer == max(self.sums_at):
             raise StopForward
+
+
+def _plan_alone(group: RowGroup, num_heads: int, keys: torch.Tensor) -> RowPlan:
+    """Of this group's rows and no others, without a window. keys: (G, S, D), one layer of the arena."""
+    rows = [RequestRows(0, group.num_rows, group.span.start, group.span.length)]
+    slots = group.positions + group.first_slot
+    return plan_rows(group.positions, slots, rows, num_heads, keys.shape[0], keys.shape[2], keys.dtype)
 
 
 class RequestPasses(Protocol):
