@@ -1,6 +1,6 @@
 """A request's probe and its last pass before the first token, in buffers that stay, as CUDA graphs.
 
-At 8K tokens these two passes are some 800 launches, which take the host longer than the GPU needs for the work. Numbers
+At 8K tokens these two passes are some 1,000 kernels, whose launches take longer than the GPU needs for them. Numbers
 of rows and of positions are rounded up, so that one graph serves many requests; rows that only fill up are written
 nowhere and seen by nobody. A graph is captured behind the request that first had its size, whose own passes were
 launched one by one: nobody waits for it.
