@@ -27,11 +27,21 @@ class StopForward(Exception):
 
 
 @dataclass(frozen=True)
+class Exit:
+    """Before layer `layer` some rows leave. rows: (S,) int64, those that stay, whose pass `step` is."""
+
+    layer: int
+    rows: torch.Tensor
+    step: ForwardStep
+
+
+@dataclass(frozen=True)
 class ForwardStep:
     """The rows of all groups, in order: the same for all layers.
 
     positions, slots: (R,) int64. cos, sin: (R, rotary_dim / 2) fp32. In a pass whose buffers stay, all four may change
-    in place; `wanted_row` then says where the one row is whose logits are wanted, and `step_of_wanted` is its pass.
+    in place; `wanted_row` then says where the one row is whose logits are wanted, and `step_of_wanted` is its pass. So
+    does `exit`, where rows leave.
     """
 
     groups: tuple[RowGroup, ...]
@@ -44,6 +54,7 @@ class ForwardStep:
     plans: dict[int | None, RowPlan] = field(default_factory=dict)  # by window, made at the first layer that has it
     wanted_row: torch.Tensor | None = None  # (1,) int64
     step_of_wanted: ForwardStep | None = None
+    exit: Exit | None = None
 
     def write(self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Keys, rotated, and values go to their slots; the groups' observers see it. Returns the rotated queries.
@@ -112,6 +123,33 @@ class ForwardStep:
             return slice(ranges[0][0], ranges[-1][1]) if ranges else slice(0, 0)
         rows = torch.tensor([row for begin, end in ranges for row in range(begin, end)])
         return to_device(rows, self.positions.device)
+
+    def exit_at(self, layer: int) -> Exit | None:
+        """Which rows leave before this layer; None where all go on."""
+        if self.exit is not None:
+            return self.exit if self.exit.layer == layer else None
+        if not any(g.num_leaving and g.leave_at == layer for g in self.groups):
+            return None
+        groups, ranges = list[RowGroup](), list[torch.Tensor]()
+        for group, rows in self.slices():
+            num = group.num_leaving if group.leave_at == layer else 0
+            if num == group.num_rows:
+                continue
+            if num:
+                group = replace(
+                    group,
+                    token_ids=group.token_ids[num:],
+                    positions=group.positions[num:],
+                    observer=None,
+                    num_leaving=0,
+                )
+            groups.append(group)
+            ranges.append(torch.arange(rows.start + num, rows.stop))
+        own = to_device(torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64), self.positions.device)
+        step = ForwardStep(
+            tuple(groups), self.arena, self.positions[own], self.slots[own], self.cos[own], self.sin[own], self.dense
+        )
+        return Exit(layer, own, step)
 
     def of_wanted(self) -> ForwardStep:
         """The same pass with the wanted rows alone; their keys and values are written already."""

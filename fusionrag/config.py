@@ -6,6 +6,7 @@ these fields and their `help`; nothing else defines a default.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -100,12 +101,16 @@ class ReuseConfig:
         1.0,
         "weight in [0, 1] of the mean fresh-minus-stored residual added to a chunk's tokens left alone",
     )
+    recompute_depth: float = knob(
+        1.0, "share of the layers, from the lowest, in which selected tokens are recomputed; above, their KV is stored"
+    )
     first_chunk_raw: bool = knob(True, "take the first chunk's raw KV: behind the prefix it is exact")
 
     def __post_init__(self) -> None:
         require(self.probe_rows in ("tail", "question"), "probe_rows", "must be 'tail' or 'question'")
         require(self.method in METHODS, "method", f"unknown method {self.method!r}; one of {', '.join(METHODS)}")
         require(0 <= self.recompute_ratio <= 1, "recompute_ratio", f"must lie in [0, 1], got {self.recompute_ratio}")
+        require(0 < self.recompute_depth <= 1, "recompute_depth", f"must lie in (0, 1], got {self.recompute_depth}")
         require(0 <= self.carry <= 10, "carry", f"must lie in [0, 10], got {self.carry}")
         require(0 <= self.correction <= 1, "correction", f"must lie in [0, 1], got {self.correction}")
 
@@ -113,7 +118,11 @@ class ReuseConfig:
         """Another method by name. The published ones come as published, that is without correction."""
         if method == "attention":
             return replace(self, method=method)
-        return replace(self, method=method, correction=0.0, carry=0.0)
+        return replace(self, method=method, correction=0.0, carry=0.0, recompute_depth=1.0)
+
+    def recomputed_layers(self, num_layers: int) -> int:
+        """How many layers, from the lowest, selected tokens are run through."""
+        return max(1, math.ceil(round(self.recompute_depth * num_layers, 6)))
 
     @property
     def effective_ratio(self) -> float:

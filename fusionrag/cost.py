@@ -36,7 +36,7 @@ class DecoderSize(Protocol):
     def dtype(self) -> torch.dtype: ...
 
 
-def pass_flops(model: DecoderSize, num_rows: int, mean_visible: float) -> float:
+def pass_flops(model: DecoderSize, num_rows: float, mean_visible: float) -> float:
     """FLOPs of `num_rows` rows that see `mean_visible` slots each, on average."""
     shape = model.shape
     attention = 4 * shape.num_layers * shape.num_heads * shape.head_dim * mean_visible

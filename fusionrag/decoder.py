@@ -41,6 +41,9 @@ class Stream:
     def total(self) -> torch.Tensor:
         return self.hidden if self.branch is None else self.hidden + self.branch
 
+    def of(self, rows: torch.Tensor) -> Stream:
+        return Stream(self.hidden[rows], None if self.branch is None else self.branch[rows])
+
 
 class DecoderLayer:
     """One layer's modules and the functions of hidden states that they make up."""
@@ -146,6 +149,10 @@ class Decoder:
         last, stream = len(self.layers) - 1, Stream(hidden)
         for i in layers:
             layer = self.layers[i]
+            if (leaving := step.exit_at(i)) is not None:
+                stream, step = stream.of(leaving.rows), leaving.step
+                if not len(leaving.rows):
+                    return stream.hidden
             hidden, queries, keys, values = layer.project(stream)
             queries = step.write(i, queries, keys, values)
             if i == last and not step.is_watched(i):

@@ -256,7 +256,7 @@ class Engine:
         if self.config.route == "auto":
             is_first_exact = bool(candidates) and candidates[0][0].kind == "raw"
             sources = self._loader.locate(candidates)
-            route = self._router.choose(plan, sources, reuse.effective_ratio, is_first_exact)
+            route = self._router.choose(plan, sources, reuse.effective_ratio * reuse.recompute_depth, is_first_exact)
             live.went(route)
             if route.way is Way.FULL:
                 self._loader.read_ahead(candidates)  # so that the next one finds it nearer
@@ -292,7 +292,9 @@ class Engine:
         selected = selection.positions
         live.observer = recompute_observer(self.model, self.arena, plan, stitched.chunk_of, selected, reuse)
         live.stitched = None
-        live.queue(recompute_positions(plan, selected))
+        leave_at, num_layers = reuse.recomputed_layers(self.model.shape.num_layers), self.model.shape.num_layers
+        leaving = len(selected) if leave_at < num_layers else 0
+        live.queue(recompute_positions(plan, selected), num_leaving=leaving, leave_at=leave_at)
         live.choose(stitched, selected)
         live.time("recompute_ms", live.prefill_begin, selection.begin)  # computing missing chunks in place
         live.time("probe_ms", selection.begin, selection.probed)
@@ -343,7 +345,7 @@ class Engine:
         if not live.ran_alone or len(self._live) > 1:
             return
         if live.stats.way == Way.REUSE.value:
-            self._router.observe(live.plan, live.stats)
+            self._router.observe(live.plan, live.stats, live.request.reuse.recompute_depth)
         elif live.stats.way == Way.FULL.value and self.model.device.type != "cpu":  # there passes are timed one by one
             self._clock.observe_prefill(live.plan.num_tokens, live.stats.phases.recompute_ms)
 

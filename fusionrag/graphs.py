@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fusionrag.arena import KVArena
-from fusionrag.attention import ForwardStep
+from fusionrag.attention import Exit, ForwardStep
 from fusionrag.kernels.backend import to_device
 from fusionrag.model import LanguageModel
 from fusionrag.types import AttentionObserver, RowGroup, Span
@@ -104,8 +104,12 @@ class RowPass:
         span_length: int,
         observer: AttentionObserver | None = None,
         wanted: tuple[torch.Tensor, ForwardStep] | None = None,
+        staying: tuple[int, torch.Tensor, RowPass] | None = None,
     ) -> None:
-        """One group of all rows where `wanted` tells its wanted row or an observer looks on; else a group a row."""
+        """One group of all rows where `wanted` tells its wanted row or an observer looks on; else a group a row.
+
+        staying: the layer before which other rows leave, the rows that stay, and their pass.
+        """
         self._model, self._token_ids = model, buffers.token_ids
         span, is_one = Span(0, span_length), observer is not None or wanted is not None
         rows = [slice(None)] if is_one else [slice(i, i + 1) for i in range(len(buffers.token_ids))]
@@ -119,16 +123,29 @@ class RowPass:
         )
         if wanted is not None:
             self.step = replace(self.step, wanted_row=wanted[0], step_of_wanted=wanted[1])
+        self._staying = None if staying is None else staying[2]
+        if staying is not None:
+            self.step = replace(self.step, exit=Exit(staying[0], staying[1], staying[2].step))
         self._hidden: torch.Tensor | None = None
         self.logits: torch.Tensor | None = None
+
+    def update_tables(self) -> None:
+        """To the positions that now stand in the buffers."""
+        for table, fresh in zip(
+            (self.step.cos, self.step.sin), self._model.rope.tables(self.step.positions), strict=True
+        ):
+            table.copy_(fresh)
 
     def run_layers(self, layers: range) -> None:
         """The first of them embeds the tokens, the last gives the logits."""
         model, step = self._model, self.step
         if layers.start == 0:
-            for table, fresh in zip((step.cos, step.sin), model.rope.tables(step.positions), strict=True):
-                table.copy_(fresh)
+            self.update_tables()
+            if self._staying is not None:
+                self._staying.update_tables()
             self._hidden = model.embed(self._token_ids)
+        if step.exit is not None and layers.start > step.exit.layer:
+            step = step.exit.step
         assert self._hidden is not None
         self._hidden = model.run_layers(self._hidden, step, layers)
         if layers.stop == model.shape.num_layers:

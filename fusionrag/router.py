@@ -82,16 +82,17 @@ class Router:
         self,
         plan: PromptPlan,
         sources: Sequence[KVSource | None],
-        recompute_ratio: float,
+        recomputed_share: float,
         is_first_exact: bool = True,
     ) -> Route:
         """sources: where each chunk's KV lies now, None where it has none.
 
+        recomputed_share: of the work of running all reused tokens through all layers.
         is_first_exact: the first chunk's is raw, so that nothing of it needs to be recomputed.
         """
         predicted: dict[Way, float] = {}
         full = self._clock.prefill_ms(plan.num_tokens)
-        reuse = self._reuse_ms(plan, sources, recompute_ratio)
+        reuse = self._reuse_ms(plan, sources, recomputed_share)
         if full is None or reuse is None:
             return AS_ASKED
         predicted = {Way.REUSE: reuse, Way.FULL: full}
@@ -105,7 +106,7 @@ class Router:
         self._num_diverted = self._num_diverted + 1 if is_diverted else 0
         return Route(best if is_diverted else Way.REUSE, predicted)
 
-    def _reuse_ms(self, plan: PromptPlan, sources: Sequence[KVSource | None], ratio: float) -> float | None:
+    def _reuse_ms(self, plan: PromptPlan, sources: Sequence[KVSource | None], share: float) -> float | None:
         num_reused = num_missing = 0
         bring_ms = 0.0
         for segment, source in zip(plan.chunks, sources, strict=True):
@@ -117,10 +118,10 @@ class Router:
                 return None
             num_reused += segment.num_tokens
             bring_ms += token_ms * segment.num_tokens
-        run_ms = self._run_ms(plan, ratio * num_reused + num_missing)
+        run_ms = self._run_ms(plan, share * num_reused + num_missing)
         if run_ms is None:
             return None
-        probe_ms = self._probe_ms(plan) if ratio > 0 and num_reused else 0.0
+        probe_ms = self._probe_ms(plan) if share > 0 and num_reused else 0.0
         return (max(bring_ms, probe_ms) if self._is_overlapped else bring_ms + probe_ms) + run_ms
 
     def _token_ms(self, source: KVSource | None) -> float | None:
@@ -140,13 +141,13 @@ class Router:
         spread = pass_flops(self._model, 1, plan.num_tokens / 2) * num_rows
         return spread + pass_flops(self._model, plan.tail.num_tokens, plan.num_tokens)
 
-    def observe(self, plan: PromptPlan, stats: RequestStats) -> None:
+    def observe(self, plan: PromptPlan, stats: RequestStats, recompute_depth: float = 1.0) -> None:
         """Takes into account a request that reused stored KV and ran alone; its first token is out."""
         if self._num_to_ignore:
             self._num_to_ignore -= 1
             return
         phases = stats.phases
-        num_rows = stats.recomputed_tokens + stats.computed_tokens - plan.tail.num_tokens
+        num_rows = recompute_depth * stats.recomputed_tokens + stats.computed_tokens - plan.tail.num_tokens
         if phases.recompute_ms > 0:
             if num_rows >= _MIN_ROWS[self._model.device.type]:
                 self._scattered.add(self._flops(plan, num_rows) / phases.recompute_ms * 1e3)

@@ -60,7 +60,8 @@ class StaticPasses:
             return None
         num_chunks = 0 if corrected is None else _power_of_two(len(corrected.borders) - 1, MIN_CHUNKS)
         weight = 0.0 if corrected is None else corrected.weight
-        return self._pass(_Recompute, *self._size(group), num_chunks, weight).run_for(group)
+        stay = (_rounded(group.num_rows - group.num_leaving), group.leave_at) if group.num_leaving else (0, 0)
+        return self._pass(_Recompute, *self._size(group), num_chunks, weight, *stay).run_for(group)
 
     def capture(self) -> None:
         """Captures what ran for the first time since the last call."""
@@ -73,8 +74,7 @@ class StaticPasses:
 
     def _size(self, group: RowGroup) -> tuple[int, int]:
         """Rows and positions of the buffers."""
-        step = 16 if group.num_rows <= 128 else 64 if group.num_rows <= 1024 else 128
-        return -(-group.num_rows // step) * step, min(_power_of_two(group.span.length, MIN_POSITIONS), self._longest)
+        return _rounded(group.num_rows), min(_power_of_two(group.span.length, MIN_POSITIONS), self._longest)
 
     def _pass(self, kind: type[P], *sizes: Hashable) -> P:
         """The one of this kind and these sizes, made if it is not there."""
@@ -103,9 +103,10 @@ class _Pass:
         observer: AttentionObserver | None,
         num_layers: int,
         wanted: tuple[torch.Tensor, ForwardStep] | None = None,
+        staying: tuple[int, torch.Tensor, RowPass] | None = None,
     ) -> None:
         self.buffers = buffers
-        self.rows = RowPass(model, arena, buffers, num_positions, observer, wanted)
+        self.rows = RowPass(model, arena, buffers, num_positions, observer, wanted, staying)
         firsts = range(0, num_layers, LAYERS_AT_ONCE)
         self._layers = [range(i, min(i + LAYERS_AT_ONCE, model.shape.num_layers)) for i in firsts]
         self.replay = Replay([partial(self._piece, layers) for layers in self._layers], pool)
@@ -114,13 +115,9 @@ class _Pass:
         self.rows.run_layers(layers)
 
     def _fill(self, group: RowGroup) -> None:
-        own, num = self.buffers, group.num_rows
-        own.start.fill_(group.span.start)
-        own.token_ids[:num] = group.token_ids
-        own.positions[:num] = group.positions
-        own.positions[num:] = group.positions[-1]
-        torch.add(group.positions, group.span.start, out=own.slots[:num])
-        own.slots[num:] = UNUSED
+        self.buffers.start.fill_(group.span.start)
+        self.buffers.token_ids[: group.num_rows] = group.token_ids
+        _place(self.buffers, group.positions, group.span.start)
 
     def _run(self, arrival: KVArrival | None) -> None:
         if arrival is None:
@@ -181,7 +178,10 @@ class _Recompute(_Pass):
         num_positions: int,
         num_chunks: int,
         weight: float,
+        num_staying: int,
+        leave_at: int,
     ) -> None:
+        """num_staying: room for the rows that go on at layer `leave_at`; 0: all do."""
         device, buffers = model.device, Buffers(num_rows, model.device)
         self._correction = None
         if num_chunks:
@@ -191,13 +191,23 @@ class _Recompute(_Pass):
         self._last = Buffers(1, device)
         last = RowPass(model, arena, self._last, num_positions)
         self._wanted = torch.zeros(1, dtype=torch.int64, device=device)
-        wanted = self._wanted, last.step
+        wanted, staying = (self._wanted, last.step), None
+        self._stay = Buffers(num_staying, device)
+        self._stay_rows = torch.zeros_like(self._stay.positions)
+        self._from_0 = torch.arange(num_staying, device=device)
+        if num_staying:
+            staying = leave_at, self._stay_rows, RowPass(model, arena, self._stay, num_positions, wanted=wanted)
         num_layers = model.shape.num_layers
-        super().__init__(model, arena, pool, buffers, num_positions, self._correction, num_layers, wanted)
+        super().__init__(model, arena, pool, buffers, num_positions, self._correction, num_layers, wanted, staying)
 
     def run_for(self, group: RowGroup) -> torch.Tensor:
         self._fill(group)
-        self._wanted.fill_(group.num_rows - 1)
+        num_leaving = group.num_leaving
+        self._wanted.fill_(group.num_rows - num_leaving - 1)
+        if num_leaving:
+            self._stay.start.fill_(group.span.start)
+            _place(self._stay, group.positions[num_leaving:], group.span.start)
+            torch.clamp(self._from_0 + num_leaving, max=group.num_rows - 1, out=self._stay_rows)
         self._last.positions.copy_(group.positions[-1:])
         torch.add(group.positions[-1:], group.span.start, out=self._last.slots)
         own, asked = self._correction, group.observer
@@ -210,6 +220,20 @@ class _Recompute(_Pass):
         self._run(group.arrival)
         assert self.rows.logits is not None
         return self.rows.logits
+
+
+def _place(buffers: Buffers, positions: torch.Tensor, start: int) -> None:
+    """positions: (R,), of the first R rows of the buffers; the others only fill up."""
+    num = len(positions)
+    buffers.positions[:num] = positions
+    buffers.positions[num:] = positions[-1]
+    torch.add(positions, start, out=buffers.slots[:num])
+    buffers.slots[num:] = UNUSED
+
+
+def _rounded(num_rows: int) -> int:
+    step = 16 if num_rows <= 128 else 64 if num_rows <= 1024 else 128
+    return -(-num_rows // step) * step
 
 
 def _power_of_two(n: int, at_least: int) -> int:

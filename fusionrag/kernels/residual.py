@@ -10,7 +10,7 @@ import torch
 from fusionrag.kernels.backend import jit, padded, takes, tl
 from fusionrag.kernels.prepare_rows import rotate
 
-BLOCK_R = 32  # rows of a chunk that are looked at together
+BLOCK_R = 64  # rows of a chunk that are looked at together
 
 
 def mean_residual(
@@ -36,7 +36,7 @@ def mean_residual(
         return mean_residual_reference(keys, values, span_keys, span_values, positions, bounds, cos, sin, weight)
     half = cos.shape[1]
     out = torch.empty(2, num_kv_heads, num_chunks, head_dim, dtype=torch.float32, device=keys.device)
-    _mean_residual_kernel[(num_chunks, num_kv_heads)](
+    _mean_residual_kernel[(num_chunks, num_kv_heads, 2)](
         keys, values, span_keys, span_values, positions, bounds, cos, sin, out[0], out[1],
         *keys.stride()[:2], *values.stride()[:2], *span_keys.stride()[:2], *span_values.stride()[:2],
         num_chunks, weight,
@@ -53,44 +53,50 @@ def _mean_residual_kernel(
     HALF: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
-    """One program: one chunk, one KV head."""
+    """One program: the keys, or the values, of one chunk and one KV head."""
     chunk, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     begin, end = tl.load(bounds + chunk), tl.load(bounds + chunk + 1)
-    at_h, at_d = tl.arange(0, BLOCK_H)[None, :], tl.arange(0, BLOCK_D)[None, :]
-    at_rest = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
-    first_sum, second_sum = tl.zeros([BLOCK_H], tl.float32), tl.zeros([BLOCK_H], tl.float32)
-    rest_sum, value_sum = tl.zeros([BLOCK_REST], tl.float32), tl.zeros([BLOCK_D], tl.float32)
-    for start in tl.range(begin, end, BLOCK_R):
-        rows = (start + tl.arange(0, BLOCK_R))[:, None]
-        is_row = rows < end
-        slots = tl.load(positions + rows, mask=is_row, other=0)
-        fresh = keys + head * stride_kg + rows * stride_kr
-        stored = span_keys + head * stride_skg + slots * stride_sks
-        wanted = is_row & (at_h < HALF)
-        row_cos = tl.load(cos + rows * HALF + at_h, mask=wanted, other=0.0)
-        row_sin = tl.load(sin + rows * HALF + at_h, mask=wanted, other=0.0)
-        first = tl.load(stored + at_h, mask=wanted, other=0.0).to(tl.float32)
-        second = tl.load(stored + HALF + at_h, mask=wanted, other=0.0).to(tl.float32)
-        fresh_first = tl.load(fresh + at_h, mask=wanted, other=0.0).to(tl.float32)
-        fresh_second = tl.load(fresh + HALF + at_h, mask=wanted, other=0.0).to(tl.float32)
-        first_sum += tl.sum(fresh_first - (first * row_cos - second * row_sin), 0)
-        second_sum += tl.sum(fresh_second - (second * row_cos + first * row_sin), 0)
-        if HEAD_DIM > 2 * HALF:  # dimensions that carry no position
-            wanted = is_row & (at_rest < HEAD_DIM)
-            fresh_rest = tl.load(fresh + at_rest, mask=wanted, other=0.0).to(tl.float32)
-            rest_sum += tl.sum(fresh_rest - tl.load(stored + at_rest, mask=wanted, other=0.0).to(tl.float32), 0)
-        wanted = is_row & (at_d < HEAD_DIM)
-        fresh_values = tl.load(values + head * stride_vg + rows * stride_vr + at_d, mask=wanted, other=0.0)
-        stored_values = tl.load(span_values + head * stride_svg + slots * stride_svs + at_d, mask=wanted, other=0.0)
-        value_sum += tl.sum(fresh_values.to(tl.float32) - stored_values.to(tl.float32), 0)
     share = weight / tl.maximum(end - begin, 1).to(tl.float32)
     target = (head * num_chunks + chunk) * HEAD_DIM
-    flat_h, flat_d, flat_rest = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D), 2 * HALF + tl.arange(0, BLOCK_REST)
-    tl.store(key_out + target + flat_h, first_sum * share, mask=flat_h < HALF)
-    tl.store(key_out + target + HALF + flat_h, second_sum * share, mask=flat_h < HALF)
-    if HEAD_DIM > 2 * HALF:
-        tl.store(key_out + target + flat_rest, rest_sum * share, mask=flat_rest < HEAD_DIM)
-    tl.store(value_out + target + flat_d, value_sum * share, mask=flat_d < HEAD_DIM)
+    if tl.program_id(2) == 0:
+        at_h, at_rest = tl.arange(0, BLOCK_H)[None, :], 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
+        first_sum, second_sum = tl.zeros([BLOCK_H], tl.float32), tl.zeros([BLOCK_H], tl.float32)
+        rest_sum = tl.zeros([BLOCK_REST], tl.float32)
+        for start in tl.range(begin, end, BLOCK_R):
+            rows = (start + tl.arange(0, BLOCK_R))[:, None]
+            is_row = rows < end
+            slots = tl.load(positions + rows, mask=is_row, other=0)
+            fresh = keys + head * stride_kg + rows * stride_kr
+            stored = span_keys + head * stride_skg + slots * stride_sks
+            wanted = is_row & (at_h < HALF)
+            row_cos = tl.load(cos + rows * HALF + at_h, mask=wanted, other=0.0)
+            row_sin = tl.load(sin + rows * HALF + at_h, mask=wanted, other=0.0)
+            first = tl.load(stored + at_h, mask=wanted, other=0.0).to(tl.float32)
+            second = tl.load(stored + HALF + at_h, mask=wanted, other=0.0).to(tl.float32)
+            fresh_first = tl.load(fresh + at_h, mask=wanted, other=0.0).to(tl.float32)
+            fresh_second = tl.load(fresh + HALF + at_h, mask=wanted, other=0.0).to(tl.float32)
+            first_sum += tl.sum(fresh_first - (first * row_cos - second * row_sin), 0)
+            second_sum += tl.sum(fresh_second - (second * row_cos + first * row_sin), 0)
+            if HEAD_DIM > 2 * HALF:  # dimensions that carry no position
+                wanted = is_row & (at_rest < HEAD_DIM)
+                fresh_rest = tl.load(fresh + at_rest, mask=wanted, other=0.0).to(tl.float32)
+                rest_sum += tl.sum(fresh_rest - tl.load(stored + at_rest, mask=wanted, other=0.0).to(tl.float32), 0)
+        flat_h, flat_rest = tl.arange(0, BLOCK_H), 2 * HALF + tl.arange(0, BLOCK_REST)
+        tl.store(key_out + target + flat_h, first_sum * share, mask=flat_h < HALF)
+        tl.store(key_out + target + HALF + flat_h, second_sum * share, mask=flat_h < HALF)
+        if HEAD_DIM > 2 * HALF:
+            tl.store(key_out + target + flat_rest, rest_sum * share, mask=flat_rest < HEAD_DIM)
+    else:
+        at_d, flat_d = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_D)
+        value_sum = tl.zeros([BLOCK_D], tl.float32)
+        for start in tl.range(begin, end, BLOCK_R):
+            rows = (start + tl.arange(0, BLOCK_R))[:, None]
+            wanted = (rows < end) & (at_d < HEAD_DIM)
+            slots = tl.load(positions + rows, mask=rows < end, other=0)
+            fresh = tl.load(values + head * stride_vg + rows * stride_vr + at_d, mask=wanted, other=0.0)
+            stored = tl.load(span_values + head * stride_svg + slots * stride_svs + at_d, mask=wanted, other=0.0)
+            value_sum += tl.sum(fresh.to(tl.float32) - stored.to(tl.float32), 0)
+        tl.store(value_out + target + flat_d, value_sum * share, mask=flat_d < HEAD_DIM)
 
 
 def mean_residual_reference(

@@ -70,11 +70,12 @@ def full_floor(model: DecoderSize, plan: PromptPlan, ceilings: Ceilings) -> Floo
 
 
 def reuse_floor(
-    model: DecoderSize, plan: PromptPlan, num_selected: int, load_bytes: int, load_rate: float, ceilings: Ceilings
+    model: DecoderSize, plan: PromptPlan, num_selected: float, load_bytes: int, load_rate: float, ceilings: Ceilings
 ) -> Floor:
     """load_bytes: of all chunks as they are stored; load_rate: bytes/s of where they come from.
 
-    num_selected rows are spread evenly over the prompt; the tail sees all of it.
+    num_selected rows are spread evenly over the prompt, a row in half the layers counting as half a row; the tail sees
+    all of it.
     """
     num_tail = plan.tail.num_tokens
     tail = pass_flops(model, num_tail, plan.num_tokens)

@@ -209,7 +209,8 @@ class _Bench:
         self, case: Case, tier: Tier | None, measured: list[Measured], full_ms: float, disk_rate: float | None
     ) -> dict[str, Any]:
         stats = [m.stats for m in measured if m.stats is not None]
-        floor = self._floor(tier, stats[0].recomputed_tokens if stats else 0, disk_rate)
+        depth = 1.0 if case.method == STOCK else parse_method(case.method, self._base).recompute_depth
+        floor = self._floor(tier, depth * stats[0].recomputed_tokens if stats else 0, disk_rate)
         phases = (
             {name: _median_of(asdict(s.phases)[name] for s in stats) for name in asdict(stats[0].phases)}
             if stats
@@ -230,7 +231,7 @@ class _Bench:
             "n": len(measured),
         }
 
-    def _floor(self, tier: Tier | None, num_selected: int, disk_rate: float | None) -> Floor:
+    def _floor(self, tier: Tier | None, num_selected: float, disk_rate: float | None) -> Floor:
         if tier is None:
             return full_floor(self._model, self._plan, self._ceilings)
         num_bytes, rate = tier.num_bytes(self._model, self._lengths), tier.rate(self._ceilings, disk_rate)

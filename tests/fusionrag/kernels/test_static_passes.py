@@ -16,6 +16,8 @@ WAYS = [
     {"recompute_ratio": 0.0},
     {"recompute_ratio": 0.2, "correction": 0.0},
     {"recompute_ratio": 0.2},
+    {"recompute_ratio": 0.4, "recompute_depth": 0.5},  # where a piece begins
+    {"recompute_ratio": 0.4, "recompute_depth": 0.3, "correction": 0.0},  # within one
     {"recompute_ratio": 0.4, "probe_layers": "0-1", "normalize_layers": False, "probe_rows": "question"},
     {"recompute_ratio": 0.2, "probe_layers": "all", "probe_rows": "tail"},
     {"recompute_ratio": 0.2, "method": "fusionrag"},
