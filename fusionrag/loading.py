@@ -27,7 +27,7 @@ from fusionrag.store.device import DeviceKV, DeviceTier
 from fusionrag.types import KVArrival, KVSource, KVSpec, Span
 
 NUM_READERS = 8  # files read at the same time: one does not fill a drive
-LAYERS_AT_ONCE = 7  # per copy: large enough for the link's full speed, small enough to begin early
+LAYERS_AT_ONCE = 4  # per copy: large enough for the link's full speed, small enough to begin early
 
 
 @dataclass(frozen=True)
@@ -212,17 +212,20 @@ class GpuLoader(_Finder):
         launches: dict[tuple[int, str, torch.dtype], list[tuple[Piece, DeviceKV]]] = {}  # as a rule that is one
         for piece, kv in placed:
             launches.setdefault((kv.buffer.data_ptr(), kv.codec, kv.dtype), []).append((piece, kv))
+        tables = list[torch.Tensor]()  # on their way behind the first copies
 
         def queue(layers: slice) -> torch.cuda.Event:
             with torch.cuda.stream(self._copies):
                 for kv, payload in crossing:
-                    kv.copy_layers_(payload, layers)
+                    kv.copy_layers_(payload, layers, self._copies)
             self._placing.wait_stream(self._copies)
             with torch.cuda.stream(self._placing):
-                for members in launches.values():
-                    self._load_layers_(arena, span, members, layers)
+                if not tables:
+                    tables.extend(self._table(span, members) for members in launches.values())
+                for table, members in zip(tables, launches.values(), strict=True):
+                    self._load_layers_(arena, table, [kv for _, kv in members], layers)
                 event = _event()
-                event.record()
+                event.record(self._placing)
             return event
 
         arrival = LayerArrival(queue, self._model.shape.num_layers, begin)
@@ -236,24 +239,27 @@ class GpuLoader(_Finder):
             reserved = iter(self._tier.reserve(absent))
         return [p.payload if isinstance(p.payload, DeviceKV) else next(reserved) for p in pieces]
 
-    def _load_layers_(
-        self, arena: KVArena, span: Span, members: Sequence[tuple[Piece, DeviceKV]], layers: slice
-    ) -> None:
-        """One launch. members: of one kind, in one buffer."""
-        rows, first = [], members[0][1]
+    def _table(self, span: Span, members: Sequence[tuple[Piece, DeviceKV]]) -> torch.Tensor:
+        """Of one launch. members: of one kind, in one buffer."""
+        rows = []
         for piece, kv in members:
-            at, slot = kv.offsets(layers.start), span.start + piece.position
+            at, slot = kv.offsets(0), span.start + piece.position
             rows.append(ChunkBytes(at.kv, at.key_scales, at.value_scales, kv.num_tokens, slot, piece.position))
+        return load_table(rows, self._model.device)
+
+    def _load_layers_(self, arena: KVArena, table: torch.Tensor, kvs: Sequence[DeviceKV], layers: slice) -> None:
+        """One launch."""
         load_(
-            first.buffer,
-            load_table(rows, self._model.device),
-            max(kv.num_tokens for _, kv in members),
-            first.codec,
-            first.dtype,
+            kvs[0].buffer,
+            table,
+            max(kv.num_tokens for kv in kvs),
+            kvs[0].codec,
+            kvs[0].dtype,
             self._model.rope.inv_freq,
             self._model.rope.scaling,
             arena.keys[layers],
             arena.values[layers],
+            layers.start,
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +24,7 @@ from fusionrag import default_model
 from fusionrag.arena import KVArena
 from fusionrag.attention import ForwardStep
 from fusionrag.config import ModelConfig
-from fusionrag.decoder import Decoder
+from fusionrag.decoder import Decoder, Stream
 from fusionrag.errors import ConfigError, ModelNotFound, UnsupportedModel
 from fusionrag.kernels.backend import to_device
 from fusionrag.kernels.dense import choose_dense
@@ -111,6 +111,18 @@ class LanguageModel:
         """hidden: (W, hidden size), out of the last layer → (W, V) fp32."""
         logits: torch.Tensor = self._head(self._decoder.finish(hidden)).float()
         return logits
+
+    def layer_on_noise(self, num_rows: int) -> Callable[[], None]:
+        """Runs all of one layer but its attention on made-up rows: for timing."""
+        layer, shape = self._decoder.layers[-1], self.shape
+        hidden = torch.randn(num_rows, self.hidden_size, dtype=self.dtype, device=self.device)
+        attended = torch.randn(num_rows, shape.num_heads, shape.head_dim, dtype=self.dtype, device=self.device)
+
+        def run() -> None:
+            layer.project(Stream(hidden))
+            layer.finish(hidden, attended)
+
+        return run
 
     def rows(self, token_ids: Sequence[int], first_position: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """token_ids and positions of a contiguous run, as tensors on the model's device."""

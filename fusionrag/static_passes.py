@@ -26,6 +26,7 @@ from fusionrag.loading import LAYERS_AT_ONCE
 from fusionrag.model import LanguageModel
 from fusionrag.reprocess.correct import MeanResidual
 from fusionrag.reprocess.probe import AttentionProbe
+from fusionrag.row_sizes import RowSizes
 from fusionrag.types import AttentionObserver, KVArrival, RowGroup
 
 MAX_ROWS = 2048
@@ -43,6 +44,7 @@ class StaticPasses:
         self._longest = min(model.max_model_len, arena.num_slots)
         self._passes: OrderedDict[Hashable, _Pass] = OrderedDict()
         self._to_capture: list[_Pass] = []
+        self._sizes = RowSizes(model, MAX_ROWS)
         self.is_on = not why_not_captured(model)
 
     def probe(
@@ -60,7 +62,9 @@ class StaticPasses:
             return None
         num_chunks = 0 if corrected is None else _power_of_two(len(corrected.borders) - 1, MIN_CHUNKS)
         weight = 0.0 if corrected is None else corrected.weight
-        stay = (_rounded(group.num_rows - group.num_leaving), group.leave_at) if group.num_leaving else (0, 0)
+        stay = (0, 0)
+        if group.num_leaving:
+            stay = self._sizes.at_least(group.num_rows - group.num_leaving), group.leave_at
         return self._pass(_Recompute, *self._size(group), num_chunks, weight, *stay).run_for(group)
 
     def capture(self) -> None:
@@ -74,7 +78,7 @@ class StaticPasses:
 
     def _size(self, group: RowGroup) -> tuple[int, int]:
         """Rows and positions of the buffers."""
-        return _rounded(group.num_rows), min(_power_of_two(group.span.length, MIN_POSITIONS), self._longest)
+        return self._sizes.at_least(group.num_rows), min(_power_of_two(group.span.length, MIN_POSITIONS), self._longest)
 
     def _pass(self, kind: type[P], *sizes: Hashable) -> P:
         """The one of this kind and these sizes, made if it is not there."""
@@ -229,11 +233,6 @@ def _place(buffers: Buffers, positions: torch.Tensor, start: int) -> None:
     buffers.positions[num:] = positions[-1]
     torch.add(positions, start, out=buffers.slots[:num])
     buffers.slots[num:] = UNUSED
-
-
-def _rounded(num_rows: int) -> int:
-    step = 16 if num_rows <= 128 else 64 if num_rows <= 1024 else 128
-    return -(-num_rows // step) * step
 
 
 def _power_of_two(n: int, at_least: int) -> int:

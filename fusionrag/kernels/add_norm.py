@@ -38,7 +38,7 @@ def _add_norm_kernel(hidden, branch, weight, total, normed, eps, WIDTH: tl.const
     rounded = added.to(kind)
     tl.store(total + row + at, rounded, mask=inside)
     added = rounded.to(tl.float32)  # the stream as later layers read it
-    factor = tl.rsqrt(tl.sum(added * added, 0) / WIDTH + eps)
+    factor = 1.0 / tl.sqrt_rn(tl.sum(added * added, 0) / WIDTH + eps)  # rsqrt is off by more than fp32's rounding
     scaled = added * factor * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(normed + row + at, scaled.to(kind), mask=inside)
 

@@ -32,8 +32,8 @@ STAGES_OF_ENCODED = 3  # pairs on their way at once; plain numbers, twice the by
 class ChunkBytes:
     """Where one chunk's bytes lie in the source, and where they go.
 
-    kv, key_scales, value_scales: byte offset of the first layer that is loaded; the first two are multiples of 16, the
-    last of 4. The scales' are ignored where the codec has none. slot, position: of the first token.
+    kv, key_scales, value_scales: byte offset of layer 0; the first two are multiples of 16, the last of 4. The scales'
+    are ignored where the codec has none. slot, position: of the first token.
     """
 
     kv: int
@@ -61,24 +61,28 @@ def load_(
     rope_scaling: float,
     arena_keys: torch.Tensor,
     arena_values: torch.Tensor,
+    first_layer: int = 0,
 ) -> None:
     """Writes all chunks of `table` into the arena.
 
     source: (n,) uint8, its start aligned to 16 bytes. table: (C, 6) int64 from `load_table`. max_tokens: of any of its
     chunks. dtype: of the stored numbers where the codec is none. inv_freq: (rotary_dim / 2,) fp32.
-    arena_keys, arena_values: (L, G, S, D), the layers that are loaded; the last dimension is contiguous.
+    arena_keys, arena_values: (L, G, S, D), the layers that are loaded; the last dimension is contiguous. first_layer:
+    the number of the first of them among those stored.
     """
     num_layers, num_heads, _, head_dim = arena_keys.shape
     stored = torch.float16 if codec == "float16" else dtype
     if not takes("load", source.device, stored, arena_keys.dtype, head_dim=head_dim):
-        load_reference_(source, table, max_tokens, codec, dtype, inv_freq, rope_scaling, arena_keys, arena_values)
+        load_reference_(
+            source, table, max_tokens, codec, dtype, inv_freq, rope_scaling, arena_keys, arena_values, first_layer
+        )
     elif len(table):
         assert head_dim % 2 == 0 and codec in ("none", "float16", "int8", "int4")
         half, num_tiles = len(inv_freq), triton.cdiv(max_tokens, BLOCK_T)
         grid = len(table) * num_tiles, triton.cdiv(num_layers * num_heads, HEADS_PER_PROGRAM)
         _load_kernel[grid](
-            source, table, inv_freq, arena_keys, arena_values, rope_scaling, num_tiles, num_layers, num_heads,
-            *arena_keys.stride()[:3], *arena_values.stride()[:3],
+            source, table, inv_freq, arena_keys, arena_values, rope_scaling,
+            num_tiles, first_layer, num_layers, num_heads, *arena_keys.stride()[:3], *arena_values.stride()[:3],
             CODEC="none" if codec == "float16" else codec, STORED=getattr(tl, str(stored).removeprefix("torch.")),
             HEAD_DIM=head_dim, HALF=half, BLOCK_T=BLOCK_T, BLOCK_H=padded(half), BLOCK_V=padded(head_dim // 2),
             BLOCK_REST=padded(max(1, head_dim - 2 * half)), GROUP=INT4_GROUP, HEADS=HEADS_PER_PROGRAM,
@@ -166,9 +170,9 @@ def _stored_numbers(
     return tl.load(plain + (places * HEAD_DIM + channels), mask=wanted, other=0.0).to(tl.float32)
 
 
-@jit("table", "num_tiles", "num_layers", "num_heads")
+@jit("table", "num_tiles", "first_layer", "num_layers", "num_heads")
 def _load_kernel(
-    source, table, inv_freq, arena_keys, arena_values, rope_scaling, num_tiles, num_layers, num_heads,
+    source, table, inv_freq, arena_keys, arena_values, rope_scaling, num_tiles, first_layer, num_layers, num_heads,
     stride_kl, stride_kg, stride_ks, stride_vl, stride_vg, stride_vs,
     CODEC: tl.constexpr, STORED: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_REST: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
@@ -200,25 +204,26 @@ def _load_kernel(
     stop = tl.minimum(tl.program_id(1) * HEADS + HEADS, num_layers * num_heads)
     for pair in tl.range(tl.program_id(1) * HEADS, stop, num_stages=STAGES):
         pair = tl.cast(pair, tl.int32)
+        stored = first_layer * num_heads + pair
         first = _stored_numbers(
-            source, kv_at, key_scales_at, pair, 0, begin, places, num_tokens, num_heads, is_token,
+            source, kv_at, key_scales_at, stored, 0, begin, places, num_tokens, num_heads, is_token,
             CODEC, STORED, HEAD_DIM, 0, HALF, BLOCK_H, GROUP, False,
         )  # fmt: skip
         second = _stored_numbers(
-            source, kv_at, key_scales_at, pair, 0, begin, places, num_tokens, num_heads, is_token,
+            source, kv_at, key_scales_at, stored, 0, begin, places, num_tokens, num_heads, is_token,
             CODEC, STORED, HEAD_DIM, HALF, HALF, BLOCK_H, GROUP, False,
         )  # fmt: skip
         if HEAD_DIM > 2 * HALF:
             rest = _stored_numbers(
-                source, kv_at, key_scales_at, pair, 0, begin, places, num_tokens, num_heads, is_token,
+                source, kv_at, key_scales_at, stored, 0, begin, places, num_tokens, num_heads, is_token,
                 CODEC, STORED, HEAD_DIM, 2 * HALF, HEAD_DIM - 2 * HALF, BLOCK_REST, GROUP, False,
             )  # fmt: skip
         low = _stored_numbers(
-            source, kv_at, value_scales_at, pair, 1, begin, places, num_tokens, num_heads, is_token,
+            source, kv_at, value_scales_at, stored, 1, begin, places, num_tokens, num_heads, is_token,
             CODEC, STORED, HEAD_DIM, 0, HEAD_DIM // 2, BLOCK_V, GROUP, True,
         )  # fmt: skip
         high = _stored_numbers(
-            source, kv_at, value_scales_at, pair, 1, begin, places, num_tokens, num_heads, is_token,
+            source, kv_at, value_scales_at, stored, 1, begin, places, num_tokens, num_heads, is_token,
             CODEC, STORED, HEAD_DIM, HEAD_DIM // 2, HEAD_DIM // 2, BLOCK_V, GROUP, True,
         )  # fmt: skip
         layer, head = (pair // num_heads).to(tl.int64), (pair % num_heads).to(tl.int64)
@@ -242,12 +247,14 @@ def load_reference_(
     rope_scaling: float,
     arena_keys: torch.Tensor,
     arena_values: torch.Tensor,
+    first_layer: int = 0,
 ) -> None:
     """Plain torch, chunk by chunk: same arguments, same result."""
     num_layers, num_heads, _, head_dim = arena_keys.shape
     for chunk in (ChunkBytes(*row) for row in table.tolist()):
         assert chunk.num_tokens <= max_tokens
-        keys, values = _stored(source, chunk, codec, dtype, (num_layers, num_heads, chunk.num_tokens, head_dim))
+        shape = first_layer + num_layers, num_heads, chunk.num_tokens, head_dim
+        keys, values = (x[first_layer:] for x in _stored(source, chunk, codec, dtype, shape))
         positions = torch.arange(chunk.position, chunk.position + chunk.num_tokens, device=source.device)
         angles = positions.float()[:, None] * inv_freq
         cos, sin = angles.cos() * rope_scaling, angles.sin() * rope_scaling

@@ -20,6 +20,7 @@ import torch
 
 from fusionrag.arena import FreeList
 from fusionrag.store.codec import EncodedKV, TensorLayout
+from fusionrag.store.link import copy_from_host
 from fusionrag.types import Span
 
 ALIGNMENT = 256  # of an object, and of its tensors where they are copied one by one
@@ -75,18 +76,26 @@ class DeviceKV:
             views[tensor.name] = self.buffer.narrow(0, self._starts[tensor.name], num_layers * size).view(-1, size)
         return views
 
-    def copy_layers_(self, payload: EncodedKV, layers: slice) -> None:
-        """Queues the copy of these layers from host memory on the current stream.
+    @cached_property
+    def _packed(self) -> tuple[int, int, int]:
+        """Where the bytes begin in memory, how many stand in front of "kv", and how many a layer of that takes."""
+        return self.buffer.data_ptr() + self.start, self._starts["kv"] - self.start, _layer_bytes(self.tensors[-1])
+
+    def copy_layers_(self, payload: EncodedKV, layers: slice, stream: torch.cuda.Stream | None = None) -> None:
+        """Queues the copy of these layers from host memory on the current stream, which `stream` must be on a GPU.
 
         Scales are small and come with layer 0, those of all layers: a copy costs the host more than the link.
         """
         first, num_layers = layers.start, layers.stop - layers.start
         if self.is_packed:
             assert payload.packed is not None
-            kv, size = self._starts["kv"] - self.start, _layer_bytes(self.tensors[-1])
+            address, kv, size = self._packed
             begin, end = (kv + first * size if first else 0), kv + layers.stop * size
-            source = payload.packed.narrow(0, begin, end - begin)
-            self.buffer.narrow(0, self.start + begin, end - begin).copy_(source, non_blocking=True)
+            if stream is not None:
+                copy_from_host(address + begin, payload.packed.data_ptr() + begin, end - begin, stream.cuda_stream)
+            else:
+                at = self.start + begin
+                self.buffer.narrow(0, at, end - begin).copy_(payload.packed.narrow(0, begin, end - begin))
             return
         for name, target in self._bytes_of_layers.items():
             source = payload.bytes_of_layers[name]

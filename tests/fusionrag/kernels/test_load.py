@@ -37,7 +37,7 @@ class Case:
             self.kv.append(decode(tensors, codec, torch.float32))
             offsets = {}
             for name, tensor in tensors.items():
-                data = tensor[first_layer:].reshape(-1).view(torch.uint8)
+                data = tensor.reshape(-1).view(torch.uint8)
                 offsets[name] = at
                 parts.append((at, data))
                 at = -(-(at + len(data)) // 16) * 16 + 32
@@ -63,7 +63,7 @@ class Case:
         table = load_table(self.chunks, torch.device(self.device))
         most = max((c.num_tokens for c in self.chunks), default=0)
         rope = self.rope.inv_freq, self.rope.scaling
-        load(self.source, table, most, self.codec, self.dtype, *rope, *self.arena)
+        load(self.source, table, most, self.codec, self.dtype, *rope, *self.arena, self.first_layer)
 
     def expected(self):
         """(keys, values) of the arena in fp64, NaN where nothing belongs."""
