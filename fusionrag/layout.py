@@ -174,8 +174,14 @@ def stitch_(
 
 def _positions(segments: Sequence[Segment], device: torch.device) -> torch.Tensor:
     """All positions of these segments, ascending, int64."""
-    runs = [torch.arange(s.start, s.stop) for s in segments]
-    return to_device(torch.cat(runs) if runs else torch.empty(0, dtype=torch.int64), device)
+    runs = list[list[int]]()
+    for segment in segments:
+        if runs and runs[-1][1] == segment.start:
+            runs[-1][1] = segment.stop
+        else:
+            runs.append([segment.start, segment.stop])
+    found = [torch.arange(start, stop, device=device) for start, stop in runs]
+    return found[0] if len(found) == 1 else torch.cat([torch.empty(0, dtype=torch.int64, device=device), *found])
 
 
 def _first_of_run(segments: Sequence[Segment]) -> int | None:
@@ -186,7 +192,6 @@ def _first_of_run(segments: Sequence[Segment]) -> int | None:
 
 def _chunk_of(plan: PromptPlan, device: torch.device) -> torch.Tensor:
     """(N,) the chunk of each position, -1 for prefix and tail."""
-    chunk_of = torch.full((plan.num_tokens,), -1)
-    for i, segment in enumerate(plan.chunks):
-        chunk_of[segment.start : segment.stop] = i
-    return to_device(chunk_of, device)
+    lengths = torch.tensor([s.num_tokens for s in plan.segments])
+    numbers = torch.tensor([-1, *range(len(plan.chunks)), -1])
+    return to_device(torch.repeat_interleave(numbers, lengths), device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -50,9 +50,7 @@ class LiveRequest:
 
     def __init__(self, request: EngineRequest, span: Span, model: LanguageModel) -> None:
         self.request, self.span, self.plan = request, span, request.plan
-        room = torch.zeros(span.length - request.plan.num_tokens, dtype=torch.int64)  # for what is generated
-        ids = torch.cat([*(_ids(s.token_ids) for s in request.plan.segments), room])
-        self.token_ids = to_device(ids, model.device)
+        self._device = model.device
         self.pending = torch.empty(0, dtype=torch.int64, device=model.device)  # positions still to run, ascending
         self._first_pending: int | None = None  # where the pending positions are known to have no gap
         self.observer: AttentionObserver | None = None
@@ -69,6 +67,12 @@ class LiveRequest:
         self.text = TextStream(model.tokenizer, request.sampling.stop, eos_ids)
         self._chosen: tuple[Stitched, torch.Tensor] | None = None  # the selected positions, once they are queued
         self._timed: list[tuple[str, Mark, Mark]] = []  # phases whose time is not read yet
+
+    @cached_property
+    def token_ids(self) -> torch.Tensor:
+        """(span length,) int64: the prompt, and room for what is generated. Not made before stored KV is on its way."""
+        room = torch.zeros(self.span.length - self.plan.num_tokens, dtype=torch.int64)
+        return to_device(torch.cat([*(_ids(s.token_ids) for s in self.plan.segments), room]), self._device)
 
     @property
     def num_pending(self) -> int:

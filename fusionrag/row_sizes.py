@@ -48,4 +48,4 @@ class RowSizes:
             run()
             mark.record()
         marks[-1].synchronize()
-        return min(begin.elapsed_time(end) for begin, end in pairwise(marks))
+        return min(float(begin.elapsed_time(end)) for begin, end in pairwise(marks))

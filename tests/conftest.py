@@ -277,7 +277,8 @@ class Bench:
         self, plan: PromptPlan, request_id: str = "r", sampling: SamplingParams | None = None, **reuse: Any
     ) -> EngineRequest:
         """Greedy and 8 tokens long, unless said otherwise."""
-        config = ReuseConfig(**{"correction": 0.0, **reuse})  # selection alone, unless a test asks for the correction
+        # selection alone and through all layers, unless a test asks for the correction or for fewer
+        config = ReuseConfig(**{"correction": 0.0, "recompute_depth": 1.0, **reuse})
         return EngineRequest(request_id, plan, sampling or SamplingParams(max_tokens=8), config)
 
     def prefill(self, plan: PromptPlan, engine: Engine | None = None, **reuse: Any) -> Prefilled:

@@ -80,13 +80,17 @@ class EncodedKV:
         """A copy of `kv` without a codec, on its device."""
         return cls("none", kv.keys.dtype, {"kv": torch.stack((kv.keys, kv.values), dim=1)})
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         return sum(t.nbytes for t in self.tensors.values())
 
     @property
     def num_tokens(self) -> int:
         return self.tensors["kv"].shape[3]
+
+    @cached_property
+    def layout(self) -> tuple[TensorLayout, ...]:
+        return tuple(TensorLayout(name, t.dtype, tuple(t.shape)) for name, t in self.tensors.items())
 
     @cached_property
     def bytes_of_layers(self) -> Mapping[str, torch.Tensor]:

@@ -134,14 +134,14 @@ class DeviceTier:
         What finds no room here shares one buffer of its own, for as long as it is held. That is used again when nobody
         holds any of it: a request's KV is up to gigabytes, and getting those anew can take longer than the copy.
         """
-        sizes = [sum(_aligned(t.nbytes) for t in payload.tensors.values()) for payload, _ in payloads]  # at most
+        are_packed = [_is_packed(payload) for payload, _ in payloads]
+        sizes = [_room_for(payload, is_packed) for (payload, _), is_packed in zip(payloads, are_packed, strict=True)]
         spans = [self._room(size) for size in sizes]
         overflow = sum(size for size, span in zip(sizes, spans, strict=True) if span is None)
         own, reserved, at = self._room_outside(overflow), [], 0
-        for (payload, digest), size, span in zip(payloads, sizes, spans, strict=True):
-            tensors = tuple(TensorLayout(name, t.dtype, tuple(t.shape)) for name, t in payload.tensors.items())
+        for (payload, digest), is_packed, size, span in zip(payloads, are_packed, sizes, spans, strict=True):
             buffer, start = (own, at) if span is None else (self._buffer, span.start)
-            kv = DeviceKV(buffer, start, payload.codec, payload.dtype, tensors, _is_packed(payload))
+            kv = DeviceKV(buffer, start, payload.codec, payload.dtype, payload.layout, is_packed)
             reserved.append(kv)
             if span is None:
                 at += size
@@ -175,6 +175,12 @@ class DeviceTier:
 
 def _is_packed(payload: EncodedKV) -> bool:
     return payload.packed is not None and (payload.num_bytes - payload.tensors["kv"].nbytes) % WIDEST_LOAD == 0
+
+
+def _room_for(payload: EncodedKV, is_packed: bool) -> int:
+    if is_packed:
+        return _aligned(payload.num_bytes)
+    return sum(_aligned(t.nbytes) for t in payload.tensors.values())
 
 
 def _aligned(num_bytes: int) -> int:

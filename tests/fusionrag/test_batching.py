@@ -31,6 +31,7 @@ def requests(bench, corpus):
         bench.request(bench.plan([d, b], "x"), "full", replace(seeded, max_tokens=20), method="full"),
         bench.request(bench.plan([c, a, d]), "reuse", replace(seeded, top_p=0.9, seed=8), method="reuse"),
         bench.request(bench.plan([b, a, c]), "corrected", greedy, correction=0.7, recompute_ratio=0.5),
+        bench.request(bench.plan([a, d, c]), "lower", greedy, recompute_depth=0.3, recompute_ratio=0.5),
         bench.request(bench.plan([a, missing, b]), "missing", greedy, method="epic", recompute_ratio=0.4),
         bench.request(bench.plan([d, c, b, a]), "cacheblend", seeded, method="cacheblend", recompute_ratio=0.3),
         bench.request(bench.plan([b, c]), "canonical", greedy, method="fusionrag", recompute_ratio=0.9),
@@ -91,6 +92,14 @@ def assert_same_first_token(one, other):
 def test_recompute_in_one_step_equals_recompute_in_several(method, recompute_ratio, bench, corpus):
     """So does computing a missing chunk."""
     request = bench.request(bench.plan(corpus), method=method, recompute_ratio=recompute_ratio)
+    once, pieces = (bench.prefill_beside_another(request, budget) for budget in (1024, 16))
+    assert once.num_steps <= 2 < pieces.num_steps
+    assert_same_first_token(pieces, once)
+
+
+@pytest.mark.parametrize("recompute_depth", [0.3, 0.6])
+def test_rows_that_leave_may_be_spread_over_several_steps(recompute_depth, bench, corpus):
+    request = bench.request(bench.plan(corpus), recompute_ratio=0.6, recompute_depth=recompute_depth)
     once, pieces = (bench.prefill_beside_another(request, budget) for budget in (1024, 16))
     assert once.num_steps <= 2 < pieces.num_steps
     assert_same_first_token(pieces, once)

@@ -17,7 +17,7 @@ from index.errors import CollectionNotFound
 from index.filters import Comparison
 from tests.letters import LetterEmbedder
 
-REUSE = ReuseConfig(recompute_ratio=0.999999)
+REUSE = ReuseConfig(recompute_ratio=0.999999, recompute_depth=1.0)
 TEXTS = {"zebras": "zzz zz zzzz", "queens": "qqq qqqq q", "zebras and queens": "zzz qqq zzz q", "others": "mno lmn"}
 
 
@@ -177,7 +177,8 @@ def test_the_rag_says_which_model_it_runs(bare, bench):
 def test_a_requests_method_and_ratio_stand_over_the_configured_ones():
     configured = ReuseConfig(method="epic", recompute_ratio=0.3, correction=0.5)
     assert with_ratio(configured, None, None) == configured
-    assert with_ratio(configured, "random", None) == replace(configured, method="random", correction=0.0)
+    published = replace(configured, method="random", correction=0.0, recompute_depth=1.0)
+    assert with_ratio(configured, "random", None) == published
     assert with_ratio(configured, "attention", None) == replace(configured, method="attention")
     assert with_ratio(configured, None, 0.0) == replace(configured, recompute_ratio=0.0)
 
