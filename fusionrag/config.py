@@ -101,10 +101,10 @@ class ReuseConfig:
         1.0,
         "weight in [0, 1] of the mean fresh-minus-stored residual added to a chunk's tokens left alone",
     )
-    # against 1: no difference in F1 or KL on the selection halves, and an eighth of the time less
+    # against 1: no difference in F1 or KL on the selection halves, and up to a tenth of the time less
     recompute_depth: float = knob(
         0.85,
-        "share of the layers, from the lowest, in which selected tokens are recomputed; in those above, stored KV stays",
+        "share of the layers, from the lowest, in which selected tokens are recomputed; above, stored KV stays",
     )
     first_chunk_raw: bool = knob(True, "take the first chunk's raw KV: behind the prefix it is exact")
 

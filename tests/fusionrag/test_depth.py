@@ -1,4 +1,4 @@
-"""Selected tokens that leave the recompute pass below the top: what they change, and what they leave as it is stored."""
+"""Selected tokens that leave the recompute pass below the top: what that changes, and what stays as it is stored."""
 
 from __future__ import annotations
 
