@@ -1,7 +1,6 @@
 """Copies from host memory to the GPU by the driver itself.
 
-A request makes hundreds of them before its first kernel runs, and torch's own copy takes the host several times as long.
-Knows nothing of KV.
+A request makes hundreds of them, and torch's own copy takes the host several times as long. Knows nothing of KV.
 """
 
 from __future__ import annotations
