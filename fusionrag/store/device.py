@@ -82,7 +82,7 @@ class DeviceKV:
         return self.buffer.data_ptr() + self.start, self._starts["kv"] - self.start, _layer_bytes(self.tensors[-1])
 
     def copy_layers_(self, payload: EncodedKV, layers: slice, stream: torch.cuda.Stream | None = None) -> None:
-        """Queues the copy of these layers from host memory on the current stream, which `stream` must be on a GPU.
+        """Queues the copy of these layers on the current stream, which `stream` must be on a GPU.
 
         Scales are small and come with layer 0, those of all layers: a copy costs the host more than the link.
         """
@@ -91,11 +91,11 @@ class DeviceKV:
             assert payload.packed is not None
             address, kv, size = self._packed
             begin, end = (kv + first * size if first else 0), kv + layers.stop * size
-            if stream is not None:
+            if stream is not None and payload.packed.device.type == "cpu":
                 copy_from_host(address + begin, payload.packed.data_ptr() + begin, end - begin, stream.cuda_stream)
             else:
-                at = self.start + begin
-                self.buffer.narrow(0, at, end - begin).copy_(payload.packed.narrow(0, begin, end - begin))
+                source, at = payload.packed.narrow(0, begin, end - begin), self.start + begin
+                self.buffer.narrow(0, at, end - begin).copy_(source, non_blocking=True)
             return
         for name, target in self._bytes_of_layers.items():
             source = payload.bytes_of_layers[name]
