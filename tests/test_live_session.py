@@ -50,7 +50,7 @@ FACTS = {  # file → (title, what it says, a question that only it answers, the
     "town.docx": (
         "Kestrow",
         "Kestrow is a town on the coast of Lorvia. Its mayor since 1998 is Bertil Hauge. It has a salt museum.",
-        "Who is the mayor of Kestrow?",
+        "What is the name of the mayor of Kestrow?",
         "Bertil Hauge",
     ),
 }
