@@ -25,7 +25,7 @@ COLLECTION, DATA_DIR = "demo", Path("demo-data")
 TOP_K, REPEATS = 10, 3
 ASKED = (  # two hops each: one passage names the person, another has the answer
     "When did the author of The Tidewrights die?",
-    "Who is the spouse of the director of film Nine Bridges of Ordelle?",
+    "Who is the sibling of the director of Quiet Hour at Sennet Quay?",
     "What is the date of birth of the director of film A Lamp for Grell Point?",
 )
 
