@@ -146,10 +146,7 @@ class ForwardStep:
             groups.append(group)
             ranges.append(torch.arange(rows.start + num, rows.stop))
         own = to_device(torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64), self.positions.device)
-        step = ForwardStep(
-            tuple(groups), self.arena, self.positions[own], self.slots[own], self.cos[own], self.sin[own], self.dense
-        )
-        return Exit(layer, own, step)
+        return Exit(layer, own, self._part(tuple(groups), own))
 
     def of_wanted(self) -> ForwardStep:
         """The same pass with the wanted rows alone; their keys and values are written already."""
@@ -167,9 +164,12 @@ class ForwardStep:
         )
         if sum(g.num_rows for g in groups) == len(self.positions):
             return self
-        own = self.wanted
+        return self._part(groups, self.wanted)
+
+    def _part(self, groups: tuple[RowGroup, ...], rows: slice | torch.Tensor) -> ForwardStep:
+        """The pass of these groups, whose rows are `rows` of this one."""
         return ForwardStep(
-            groups, self.arena, self.positions[own], self.slots[own], self.cos[own], self.sin[own], self.dense
+            groups, self.arena, self.positions[rows], self.slots[rows], self.cos[rows], self.sin[rows], self.dense
         )
 
 

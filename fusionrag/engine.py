@@ -292,9 +292,10 @@ class Engine:
         selected = selection.positions
         live.observer = recompute_observer(self.model, self.arena, plan, stitched.chunk_of, selected, reuse)
         live.stitched = None
-        leave_at, num_layers = reuse.recomputed_layers(self.model.shape.num_layers), self.model.shape.num_layers
-        leaving = len(selected) if leave_at < num_layers else 0
-        live.queue(recompute_positions(plan, selected), num_leaving=leaving, leave_at=leave_at)
+        num_layers = self.model.shape.num_layers
+        leave_at = reuse.recomputed_layers(num_layers)
+        num_leaving = len(selected) if leave_at < num_layers else 0
+        live.queue(recompute_positions(plan, selected), num_leaving=num_leaving, leave_at=leave_at)
         live.choose(stitched, selected)
         live.time("recompute_ms", live.prefill_begin, selection.begin)  # computing missing chunks in place
         live.time("probe_ms", selection.begin, selection.probed)

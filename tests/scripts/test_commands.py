@@ -251,18 +251,8 @@ def test_doctor_tells_damaged_and_stale_kv_apart(fused_behind_all, preprocessed,
 
 def test_a_damaged_object_is_recomputed_set_aside_and_the_answer_stays(preprocessed, capsys):
     """A bit flipped on disk may cost time, never an answer."""
-    ask = (
-        "ask",
-        "What is Lum?",
-        "--max-tokens",
-        6,
-        "--top-k",
-        6,
-        "--recompute-ratio",
-        0.999999,
-        "--recompute-depth",
-        1,
-    )
+    flags = "--max-tokens 6 --top-k 6 --recompute-ratio 0.999999 --recompute-depth 1"
+    ask = ("ask", "What is Lum?", *flags.split())
     assert preprocessed(*ask) == 0
     answer = capsys.readouterr().out.splitlines()[0]
     for path in preprocessed.data_dir.glob(KV_FILES):
