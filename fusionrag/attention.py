@@ -28,10 +28,13 @@ class StopForward(Exception):
 
 @dataclass(frozen=True)
 class Exit:
-    """Before layer `layer` some rows leave. rows: (S,) int64, those that stay, whose pass `step` is."""
+    """Rows leave layer `layer` once their keys and values are written: nothing reads what would come out for them.
+
+    rows: those that stay, a slice or (S,) int64; `step` is their pass.
+    """
 
     layer: int
-    rows: torch.Tensor
+    rows: slice | torch.Tensor
     step: ForwardStep
 
 
@@ -40,8 +43,7 @@ class ForwardStep:
     """The rows of all groups, in order: the same for all layers.
 
     positions, slots: (R,) int64. cos, sin: (R, rotary_dim / 2) fp32. In a pass whose buffers stay, all four may change
-    in place; `wanted_row` then says where the one row is whose logits are wanted, and `step_of_wanted` is its pass. So
-    does `exit`, where rows leave.
+    in place; `exit` then says where rows leave, which others work out from their groups.
     """
 
     groups: tuple[RowGroup, ...]
@@ -52,8 +54,6 @@ class ForwardStep:
     sin: torch.Tensor
     dense: DenseAttention | None = None  # what serves groups without gaps; None: `rows_attention` as all others
     plans: dict[int | None, RowPlan] = field(default_factory=dict)  # by window, made at the first layer that has it
-    wanted_row: torch.Tensor | None = None  # (1,) int64
-    step_of_wanted: ForwardStep | None = None
     exit: Exit | None = None
 
     def write(self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -116,23 +116,26 @@ class ForwardStep:
     @cached_property
     def wanted(self) -> slice | torch.Tensor:
         """The rows whose logits are wanted: of each group, its last `num_logits`."""
-        if self.wanted_row is not None:
-            return self.wanted_row
         ranges = [(rows.stop - g.num_logits, rows.stop) for g, rows in self.slices() if g.num_logits]
         if all(before[1] == after[0] for before, after in pairwise(ranges)):
             return slice(ranges[0][0], ranges[-1][1]) if ranges else slice(0, 0)
         rows = torch.tensor([row for begin, end in ranges for row in range(begin, end)])
         return to_device(rows, self.positions.device)
 
-    def exit_at(self, layer: int) -> Exit | None:
-        """Which rows leave before this layer; None where all go on."""
+    def exit_from(self, layer: int, is_last: bool) -> Exit | None:
+        """Which rows leave this layer behind their keys and values; None where all go on.
+
+        Of the model's last layer those whose logits are not wanted, unless somebody wants to see their attention.
+        """
         if self.exit is not None:
             return self.exit if self.exit.layer == layer else None
-        if not any(g.num_leaving and g.leave_at == layer for g in self.groups):
+        if is_last:
+            return None if self.is_watched(layer) else Exit(layer, self.wanted, self._of_wanted())
+        if not any(g.num_leaving and g.leave_from == layer for g in self.groups):
             return None
         groups, ranges = list[RowGroup](), list[torch.Tensor]()
         for group, rows in self.slices():
-            num = group.num_leaving if group.leave_at == layer else 0
+            num = group.num_leaving if group.leave_from == layer else 0
             if num == group.num_rows:
                 continue
             if num:
@@ -148,10 +151,8 @@ class ForwardStep:
         own = to_device(torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64), self.positions.device)
         return Exit(layer, own, self._part(tuple(groups), own))
 
-    def of_wanted(self) -> ForwardStep:
+    def _of_wanted(self) -> ForwardStep:
         """The same pass with the wanted rows alone; their keys and values are written already."""
-        if self.step_of_wanted is not None:
-            return self.step_of_wanted
         groups = tuple(
             replace(
                 g,

@@ -1,7 +1,7 @@
 """The decoder's layers as this engine runs them: the weights are a transformers model's, the loop over them is ours.
 
-Why not the library's own forward: rows must be able to stop at a layer, to wait for a layer's stored KV, to leave the
-last layer early, and to be captured in a CUDA graph; and a pass of few rows must not spend its time on launches. What
+Why not the library's own forward: rows must be able to stop at a layer, to wait for a layer's stored KV, to leave a
+layer half way, and to be captured in a CUDA graph; and a pass of few rows must not spend its time on launches. What
 all supported families share – pre-norm, softmax attention with RoPE, a gated MLP or experts – fits one loop; experts
 and every other MLP are called as the library wrote them. `tests/fusionrag/test_families.py` holds every family to the
 logits of stock transformers.
@@ -40,9 +40,6 @@ class Stream:
 
     def total(self) -> torch.Tensor:
         return self.hidden if self.branch is None else self.hidden + self.branch
-
-    def of(self, rows: torch.Tensor) -> Stream:
-        return Stream(self.hidden[rows], None if self.branch is None else self.branch[rows])
 
 
 class DecoderLayer:
@@ -143,20 +140,16 @@ class Decoder:
     def run(self, hidden: torch.Tensor, step: ForwardStep, layers: range) -> torch.Tensor:
         """hidden: (R, hidden size), of all rows. Returns what comes out of the last of these layers.
 
-        Of the model's last layer that is (W, hidden size), the step's wanted rows in order: the others leave after its
-        keys and values are written, because nothing later reads them.
+        Of the model's last layer that is (W, hidden size), the step's wanted rows in order. Rows that leave do so behind
+        their keys and values of a layer: what would come out of it for them, nothing reads.
         """
         last, stream = len(self.layers) - 1, Stream(hidden)
         for i in layers:
             layer = self.layers[i]
-            if (leaving := step.exit_at(i)) is not None:
-                stream, step = stream.of(leaving.rows), leaving.step
-                if not len(leaving.rows):
-                    return stream.hidden
             hidden, queries, keys, values = layer.project(stream)
             queries = step.write(i, queries, keys, values)
-            if i == last and not step.is_watched(i):
-                hidden, queries, step = hidden[step.wanted], queries[step.wanted], step.of_wanted()
+            if (leaving := step.exit_from(i, i == last)) is not None:
+                hidden, queries, step = hidden[leaving.rows], queries[leaving.rows], leaving.step
                 if not len(hidden):
                     return hidden
             stream = layer.finish(hidden, step.attend(i, queries, layer.scaling, layer.window))

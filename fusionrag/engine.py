@@ -293,9 +293,9 @@ class Engine:
         live.observer = recompute_observer(self.model, self.arena, plan, stitched.chunk_of, selected, reuse)
         live.stitched = None
         num_layers = self.model.shape.num_layers
-        leave_at = reuse.recomputed_layers(num_layers)
-        num_leaving = len(selected) if leave_at < num_layers else 0
-        live.queue(recompute_positions(plan, selected), num_leaving=num_leaving, leave_at=leave_at)
+        num_recomputed = reuse.recomputed_layers(num_layers)
+        num_leaving = len(selected) if num_recomputed < num_layers else 0
+        live.queue(recompute_positions(plan, selected), num_leaving=num_leaving, leave_from=num_recomputed - 1)
         live.choose(stitched, selected)
         live.time("recompute_ms", live.prefill_begin, selection.begin)  # computing missing chunks in place
         live.time("probe_ms", selection.begin, selection.probed)

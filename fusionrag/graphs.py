@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -93,6 +93,15 @@ class Buffers:
         self.start = torch.zeros(1, dtype=torch.int64, device=device)
 
 
+@dataclass(frozen=True)
+class Staying:
+    """Where some rows leave: the layer, the rows that stay, (S,) int64, and their pass."""
+
+    layer: int
+    rows: torch.Tensor
+    own: RowPass
+
+
 class RowPass:
     """A pass over buffers: the groups' spans are as long as they can get, since plans are made for the longest."""
 
@@ -103,15 +112,14 @@ class RowPass:
         buffers: Buffers,
         span_length: int,
         observer: AttentionObserver | None = None,
-        wanted: tuple[torch.Tensor, ForwardStep] | None = None,
-        staying: tuple[int, torch.Tensor, RowPass] | None = None,
+        staying: Staying | None = None,
     ) -> None:
-        """One group of all rows where `wanted` tells its wanted row or an observer looks on; else a group a row.
+        """One group of all rows where some leave or an observer looks on; else a group a row.
 
-        staying: the layer before which other rows leave, the rows that stay, and their pass.
+        staying: those that go on where the others leave.
         """
         self._model, self._token_ids = model, buffers.token_ids
-        span, is_one = Span(0, span_length), observer is not None or wanted is not None
+        span, is_one = Span(0, span_length), observer is not None or staying is not None
         rows = [slice(None)] if is_one else [slice(i, i + 1) for i in range(len(buffers.token_ids))]
         start = buffers.start if is_one else None
         groups = [
@@ -121,16 +129,16 @@ class RowPass:
         self.step = ForwardStep(
             tuple(groups), arena, buffers.positions, buffers.slots, *model.rope.tables(buffers.positions)
         )
-        if wanted is not None:
-            self.step = replace(self.step, wanted_row=wanted[0], step_of_wanted=wanted[1])
-        self._staying = None if staying is None else staying[2]
+        self._staying = staying
         if staying is not None:
-            self.step = replace(self.step, exit=Exit(staying[0], staying[1], staying[2].step))
+            self.step = replace(self.step, exit=Exit(staying.layer, staying.rows, staying.own.step))
         self._hidden: torch.Tensor | None = None
         self.logits: torch.Tensor | None = None
 
     def update_tables(self) -> None:
-        """To the positions that now stand in the buffers."""
+        """To the positions that now stand in the buffers, also of rows that are still to write where others leave."""
+        if self._staying is not None and self._staying.layer + 1 < self._model.shape.num_layers:
+            self._staying.own.update_tables()
         for table, fresh in zip(
             (self.step.cos, self.step.sin), self._model.rope.tables(self.step.positions), strict=True
         ):
@@ -141,10 +149,8 @@ class RowPass:
         model, step = self._model, self.step
         if layers.start == 0:
             self.update_tables()
-            if self._staying is not None:
-                self._staying.update_tables()
             self._hidden = model.embed(self._token_ids)
-        if step.exit is not None and layers.start > step.exit.layer:
+        while step.exit is not None and layers.start > step.exit.layer:
             step = step.exit.step
         assert self._hidden is not None
         self._hidden = model.run_layers(self._hidden, step, layers)

@@ -54,7 +54,7 @@ class LiveRequest:
         self.pending = torch.empty(0, dtype=torch.int64, device=model.device)  # positions still to run, ascending
         self._first_pending: int | None = None  # where the pending positions are known to have no gap
         self.observer: AttentionObserver | None = None
-        self._leaving, self._leave_at = 0, 0  # of the pending rows the first, which leave at a layer
+        self._leaving, self._leave_from = 0, 0  # of the pending rows the first, which leave some layer
         self.stitched: Stitched | None = None  # until its tokens are selected
         self.arrival: KVArrival | None = None  # until its first token
         self.is_decoding = False
@@ -96,16 +96,18 @@ class LiveRequest:
         leaving = min(self._leaving, len(positions))
         self._leaving -= leaving
         return RowGroup(
-            self.span, ids, positions, int(wants_token), self.observer, self.arrival, first, leaving, self._leave_at
+            self.span, ids, positions, int(wants_token), self.observer, self.arrival, first, leaving, self._leave_from
         )
 
-    def queue(self, positions: torch.Tensor, first: int | None = None, num_leaving: int = 0, leave_at: int = 0) -> None:
+    def queue(
+        self, positions: torch.Tensor, first: int | None = None, num_leaving: int = 0, leave_from: int = 0
+    ) -> None:
         """positions: (R,) ascending, to be run. first: the first of them, if it is known that there is no gap.
 
-        num_leaving: of them, from the first on, those that are run up to layer `leave_at` only.
+        num_leaving: of them, from the first on, those that are run up to their keys and values of layer `leave_from`.
         """
         self.pending, self._first_pending = positions, first
-        self._leaving, self._leave_at = num_leaving, leave_at
+        self._leaving, self._leave_from = num_leaving, leave_from
 
     def append(self, token_id: int) -> None:
         """A generated token: the next row to run."""

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
@@ -27,7 +28,10 @@ from fusionrag.store.device import DeviceKV, DeviceTier
 from fusionrag.types import KVArrival, KVSource, KVSpec, Span
 
 NUM_READERS = 8  # files read at the same time: one does not fill a drive
-LAYERS_AT_ONCE = 4  # per copy: large enough for the link's full speed, small enough to begin early
+# Layers per copy: few at first, so that passes begin early, then enough that queueing keeps up with the link. A pass
+# that ends at three quarters of 28 or of 32 layers, as the probe does, waits for no layer above.
+FIRST_RUNS, LAYERS_AT_ONCE = (1, 2), 3
+RUNS_IN_ADVANCE = 3  # queued before anything waits for them: the link is busy while the first pass is prepared
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,14 @@ class CpuLoader(_Finder):
             place_(arena, self._rope, span, piece.position, piece.payload.kv)
 
 
+def layer_runs(num_layers: int) -> list[range]:
+    """The layers whose KV crosses the link together, and which a pass in pieces runs together."""
+    ends = list(accumulate(FIRST_RUNS))
+    ends = [*ends, *range(ends[-1] + LAYERS_AT_ONCE, num_layers + LAYERS_AT_ONCE, LAYERS_AT_ONCE)]
+    runs = (range(begin, min(end, num_layers)) for begin, end in pairwise([0, *ends]))
+    return [run for run in runs if run]
+
+
 class LayerArrival:
     """KV on its way over the link, some layers at a time.
 
@@ -152,19 +164,19 @@ class LayerArrival:
 
     def __init__(self, queue: Callable[[slice], torch.cuda.Event], num_layers: int, begin: torch.cuda.Event) -> None:
         """queue: brings some layers on their way and returns when they are there; it keeps alive what that needs."""
-        firsts = range(0, num_layers, LAYERS_AT_ONCE)
-        self._runs = [slice(first, min(first + LAYERS_AT_ONCE, num_layers)) for first in firsts]
+        self._runs = layer_runs(num_layers)
+        self._run_of = [i for i, run in enumerate(self._runs) for _ in run]
         self._queue, self._begin = queue, begin
         self._events = list[torch.cuda.Event]()
-        self._queue_until(0)
+        self._queue_until(RUNS_IN_ADVANCE - 1)
 
     def wait(self, layer: int) -> None:
-        own = layer // LAYERS_AT_ONCE
+        own = self._run_of[layer]
         self._queue_until(own)
-        if layer % LAYERS_AT_ONCE:  # waited for already
-            self._queue_until(own + 1)
-        else:
+        if layer == self._runs[own].start:
             torch.cuda.current_stream().wait_event(self._events[own])
+        else:  # waited for already
+            self._queue_until(own + 1)
 
     def wait_for_all(self) -> None:
         self.queue_all()
@@ -175,7 +187,7 @@ class LayerArrival:
 
     def _queue_until(self, last: int) -> None:
         for run in self._runs[len(self._events) : last + 1]:
-            self._events.append(self._queue(run))
+            self._events.append(self._queue(slice(run.start, run.stop)))
 
     @property
     def elapsed_ms(self) -> float:

@@ -19,10 +19,10 @@ from typing import TypeVar, cast
 import torch
 
 from fusionrag.arena import KVArena
-from fusionrag.attention import ForwardStep, StopForward
-from fusionrag.graphs import UNUSED, Buffers, GraphPool, Replay, RowPass, why_not_captured
+from fusionrag.attention import StopForward
+from fusionrag.graphs import UNUSED, Buffers, GraphPool, Replay, RowPass, Staying, why_not_captured
 from fusionrag.kernels.row_plan import RequestRows, plan_rows
-from fusionrag.loading import LAYERS_AT_ONCE
+from fusionrag.loading import layer_runs
 from fusionrag.model import LanguageModel
 from fusionrag.reprocess.correct import MeanResidual
 from fusionrag.reprocess.probe import AttentionProbe
@@ -64,7 +64,7 @@ class StaticPasses:
         weight = 0.0 if corrected is None else corrected.weight
         stay = (0, 0)
         if group.num_leaving:
-            stay = self._sizes.at_least(group.num_rows - group.num_leaving), group.leave_at
+            stay = self._sizes.at_least(group.num_rows - group.num_leaving), group.leave_from
         return self._pass(_Recompute, *self._size(group), num_chunks, weight, *stay).run_for(group)
 
     def capture(self) -> None:
@@ -106,13 +106,11 @@ class _Pass:
         num_positions: int,
         observer: AttentionObserver | None,
         num_layers: int,
-        wanted: tuple[torch.Tensor, ForwardStep] | None = None,
-        staying: tuple[int, torch.Tensor, RowPass] | None = None,
+        staying: Staying | None = None,
     ) -> None:
         self.buffers = buffers
-        self.rows = RowPass(model, arena, buffers, num_positions, observer, wanted, staying)
-        firsts = range(0, num_layers, LAYERS_AT_ONCE)
-        self._layers = [range(i, min(i + LAYERS_AT_ONCE, model.shape.num_layers)) for i in firsts]
+        self.rows = RowPass(model, arena, buffers, num_positions, observer, staying)
+        self._layers = layer_runs(num_layers)
         self.replay = Replay([partial(self._piece, layers) for layers in self._layers], pool)
 
     def _piece(self, layers: range) -> None:
@@ -183,9 +181,9 @@ class _Recompute(_Pass):
         num_chunks: int,
         weight: float,
         num_staying: int,
-        leave_at: int,
+        leave_from: int,
     ) -> None:
-        """num_staying: room for the rows that go on at layer `leave_at`; 0: all do."""
+        """num_staying: room for the rows that go on where the others leave layer `leave_from`; 0: all go on."""
         device, buffers = model.device, Buffers(num_rows, model.device)
         self._correction = None
         if num_chunks:
@@ -193,16 +191,16 @@ class _Recompute(_Pass):
             borders = torch.zeros(num_chunks + 1, dtype=torch.int64, device=device)
             self._correction = MeanResidual(arena, model.rope, chunk_of, borders, weight)
         self._last = Buffers(1, device)
-        last = RowPass(model, arena, self._last, num_positions)
         self._wanted = torch.zeros(1, dtype=torch.int64, device=device)
-        wanted, staying = (self._wanted, last.step), None
+        num_layers, last = model.shape.num_layers, RowPass(model, arena, self._last, num_positions)
+        staying = Staying(num_layers - 1, self._wanted, last)
         self._stay = Buffers(num_staying, device)
         self._stay_rows = torch.zeros_like(self._stay.positions)
         self._from_0 = torch.arange(num_staying, device=device)
         if num_staying:
-            staying = leave_at, self._stay_rows, RowPass(model, arena, self._stay, num_positions, wanted=wanted)
-        num_layers = model.shape.num_layers
-        super().__init__(model, arena, pool, buffers, num_positions, self._correction, num_layers, wanted, staying)
+            tail = RowPass(model, arena, self._stay, num_positions, staying=staying)
+            staying = Staying(leave_from, self._stay_rows, tail)
+        super().__init__(model, arena, pool, buffers, num_positions, self._correction, num_layers, staying)
 
     def run_for(self, group: RowGroup) -> torch.Tensor:
         self._fill(group)

@@ -99,8 +99,8 @@ class RowGroup:
     observer: AttentionObserver | None = None
     arrival: KVArrival | None = None  # what the rows must wait for
     first_position: int | None = None  # where positions are known, without asking the device, to have no gap; else None
-    num_leaving: int = 0  # the first rows, which are run up to layer `leave_at` only, that one not included
-    leave_at: int = 0
+    num_leaving: int = 0  # the first rows, which are run up to their keys and values of layer `leave_from` only
+    leave_from: int = 0
     start_on_device: torch.Tensor | None = None  # (1,) int64: the span's start, where it changes in place
 
     @property

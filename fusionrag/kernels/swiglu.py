@@ -16,19 +16,21 @@ def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return silu_mul_reference(gate, up)
     out = gate.new_empty(gate.shape)
     if out.numel():
-        gate_rows, up_rows = gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1])
-        num_rows, width = gate_rows.shape
-        _silu_mul_kernel[(num_rows, triton.cdiv(width, BLOCK))](
-            gate_rows, up_rows, out, gate_rows.stride(0), up_rows.stride(0), width, BLOCK=BLOCK, num_warps=4
+        is_flat = gate.is_contiguous() and up.is_contiguous()
+        width = gate.numel() if is_flat else gate.shape[-1]
+        gate_rows, up_rows = gate.reshape(-1, width), up.reshape(-1, width)
+        blocks = triton.cdiv(width, BLOCK)  # of a row; neighbours run at the same time: memory is read in order
+        _silu_mul_kernel[(len(gate_rows) * blocks,)](
+            gate_rows, up_rows, out, gate_rows.stride(0), up_rows.stride(0), width, blocks, BLOCK=BLOCK, num_warps=4
         )
     return out
 
 
-@jit()
-def _silu_mul_kernel(gate, up, out, stride_gate, stride_up, width, BLOCK: tl.constexpr):
-    """One program: BLOCK numbers of one row."""
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+@jit("blocks")
+def _silu_mul_kernel(gate, up, out, stride_gate, stride_up, width, blocks, BLOCK: tl.constexpr):
+    """One program: BLOCK numbers of one row, which has `blocks` of them."""
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    at = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
     x = tl.load(gate + row * stride_gate + at, mask=inside, other=0.0).to(tl.float32)
     y = tl.load(up + row * stride_up + at, mask=inside, other=0.0).to(tl.float32)

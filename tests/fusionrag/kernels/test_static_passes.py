@@ -16,8 +16,8 @@ WAYS = [
     {"recompute_ratio": 0.0},
     {"recompute_ratio": 0.2, "correction": 0.0},
     {"recompute_ratio": 0.2},
-    {"recompute_ratio": 0.4, "recompute_depth": 0.5},  # where a piece begins
-    {"recompute_ratio": 0.4, "recompute_depth": 0.3, "correction": 0.0},  # within one
+    {"recompute_ratio": 0.4, "recompute_depth": 0.5},  # 2 of 3 layers: in the second piece
+    {"recompute_ratio": 0.4, "recompute_depth": 0.3, "correction": 0.0},  # 1: in the first
     {"recompute_ratio": 0.4, "probe_layers": "0-1", "normalize_layers": False, "probe_rows": "question"},
     {"recompute_ratio": 0.2, "probe_layers": "all", "probe_rows": "tail"},
     {"recompute_ratio": 0.2, "method": "fusionrag"},
@@ -34,9 +34,8 @@ def bench(request, kernel_device, make_hf, make_config, tokenizer):
 
 
 @pytest.fixture
-def engines(bench, monkeypatch):
+def engines(bench):
     """One whose passes have buffers that stay, one whose passes have none."""
-    monkeypatch.setattr("fusionrag.static_passes.LAYERS_AT_ONCE", 2)  # several pieces, of so small a model too
     both = [Engine(bench.model, bench.store, EngineConfig(arena_tokens=1024, route="reuse")) for _ in range(2)]
     for engine, is_on in zip(both, (True, False), strict=True):
         engine._passes.is_on = is_on  # in the interpreter they are run piece by piece, never captured
