@@ -6,7 +6,7 @@ why a row is run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -116,11 +116,7 @@ class ForwardStep:
     @cached_property
     def wanted(self) -> slice | torch.Tensor:
         """The rows whose logits are wanted: of each group, its last `num_logits`."""
-        ranges = [(rows.stop - g.num_logits, rows.stop) for g, rows in self.slices() if g.num_logits]
-        if all(before[1] == after[0] for before, after in pairwise(ranges)):
-            return slice(ranges[0][0], ranges[-1][1]) if ranges else slice(0, 0)
-        rows = torch.tensor([row for begin, end in ranges for row in range(begin, end)])
-        return to_device(rows, self.positions.device)
+        return self._index([range(rows.stop - g.num_logits, rows.stop) for g, rows in self.slices() if g.num_logits])
 
     def exit_from(self, layer: int, is_last: bool) -> Exit | None:
         """Which rows leave this layer behind their keys and values; None where all go on.
@@ -133,8 +129,8 @@ class ForwardStep:
             return None if self.is_watched(layer) else Exit(layer, self.wanted, self._of_wanted())
         if not any(g.num_leaving and g.leave_from == layer for g in self.groups):
             return None
-        groups, ranges = list[RowGroup](), list[torch.Tensor]()
-        for group, rows in self.slices():
+        groups, ranges = list[RowGroup](), list[range]()
+        for group, own in self.slices():
             num = group.num_leaving if group.leave_from == layer else 0
             if num == group.num_rows:
                 continue
@@ -147,9 +143,9 @@ class ForwardStep:
                     num_leaving=0,
                 )
             groups.append(group)
-            ranges.append(torch.arange(rows.start + num, rows.stop))
-        own = to_device(torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64), self.positions.device)
-        return Exit(layer, own, self._part(tuple(groups), own))
+            ranges.append(range(own.start + num, own.stop))
+        rows = self._index(ranges)
+        return Exit(layer, rows, self._part(tuple(groups), rows))
 
     def _of_wanted(self) -> ForwardStep:
         """The same pass with the wanted rows alone; their keys and values are written already."""
@@ -166,6 +162,12 @@ class ForwardStep:
         if sum(g.num_rows for g in groups) == len(self.positions):
             return self
         return self._part(groups, self.wanted)
+
+    def _index(self, ranges: Sequence[range]) -> slice | torch.Tensor:
+        """These rows of the pass; nothing is sent to the device where they are one run."""
+        if all(before.stop == after.start for before, after in pairwise(ranges)):
+            return slice(ranges[0].start, ranges[-1].stop) if ranges else slice(0, 0)
+        return to_device(torch.cat([torch.arange(r.start, r.stop) for r in ranges]), self.positions.device)
 
     def _part(self, groups: tuple[RowGroup, ...], rows: slice | torch.Tensor) -> ForwardStep:
         """The pass of these groups, whose rows are `rows` of this one."""

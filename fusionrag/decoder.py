@@ -140,8 +140,8 @@ class Decoder:
     def run(self, hidden: torch.Tensor, step: ForwardStep, layers: range) -> torch.Tensor:
         """hidden: (R, hidden size), of all rows. Returns what comes out of the last of these layers.
 
-        Of the model's last layer that is (W, hidden size), the step's wanted rows in order. Rows that leave do so behind
-        their keys and values of a layer: what would come out of it for them, nothing reads.
+        Of the model's last layer that is (W, hidden size), the step's wanted rows in order. Rows leave a layer behind
+        their keys and values: what would come out of it for them, nothing reads.
         """
         last, stream = len(self.layers) - 1, Stream(hidden)
         for i in layers:

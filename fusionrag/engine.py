@@ -36,8 +36,8 @@ from fusionrag.reprocess.select import choose
 from fusionrag.router import AS_ASKED, Router, Way
 from fusionrag.scheduler import Share, pack
 from fusionrag.static_passes import StaticPasses
+from fusionrag.stitch import rotated
 from fusionrag.store.base import KVStore
-from fusionrag.store.codec import EncodedKV
 from fusionrag.types import (
     ChunkKV,
     FinishReason,
@@ -81,7 +81,7 @@ class Engine:
         self._kv_codec = kv_codec
         self._clock = PrefillClock(model)
         self._router = Router(model, self._clock)
-        self._prefixes: dict[tuple[int, ...], tuple[Naming, EncodedKV]] = {}
+        self._prefixes: dict[tuple[int, ...], tuple[Naming, ChunkKV, ChunkKV]] = {}
         self._waiting: deque[EngineRequest] = deque()
         self._live: list[LiveRequest] = []
         self._num_failed = 0  # passes in a row
@@ -97,13 +97,13 @@ class Engine:
 
     def prefix(self, prefix_ids: tuple[int, ...]) -> tuple[Naming, ChunkKV]:
         """The naming of the operator's stored KV behind this prefix, and the prefix's own KV, computed once."""
-        names, payload = self._prefix(prefix_ids)
-        return names, payload.kv
+        return self._prefix(prefix_ids)[:2]
 
-    def _prefix(self, prefix_ids: tuple[int, ...]) -> tuple[Naming, EncodedKV]:
+    def _prefix(self, prefix_ids: tuple[int, ...]) -> tuple[Naming, ChunkKV, ChunkKV]:
+        """The same, and the prefix's KV as it stands in every request's span: rotated."""
         if prefix_ids not in self._prefixes:
-            names = naming(self.model, self._kv_codec, prefix_ids)
-            self._prefixes[prefix_ids] = (names, EncodedKV.plain(compute_prefix(self.model, prefix_ids)))
+            names, kv = naming(self.model, self._kv_codec, prefix_ids), compute_prefix(self.model, prefix_ids)
+            self._prefixes[prefix_ids] = names, kv, rotated(self.model.rope, kv)
         return self._prefixes[prefix_ids]
 
     def calibrate(self) -> None:
@@ -251,7 +251,7 @@ class Engine:
             self._prefill(live)
             return
         live.went(AS_ASKED)
-        names, prefix = self._prefix(plan.prefix.token_ids)
+        names, _, prefix = self._prefix(plan.prefix.token_ids)
         candidates = plan_candidates(replace(names, owner=live.request.owner), plan, reuse)
         if self.config.route == "auto":
             is_first_exact = bool(candidates) and candidates[0][0].kind == "raw"
@@ -265,6 +265,7 @@ class Engine:
             if route.way is Way.PREFIX:
                 self._loader.read_ahead(candidates[1:])
                 candidates = candidates[:1]
+        live.upload()
         stitched = stitch_(self.model, self._loader, self.arena, live.span, plan, candidates, prefix)
         live.note(load_ms=stitched.load_ms, reposition_ms=stitched.reposition_ms)
         live.stitched, live.arrival = stitched, stitched.arrival
@@ -285,12 +286,12 @@ class Engine:
         assert stitched is not None
         seed = live.request.sampling.seed or 0
         inputs = ScoreInputs(
-            self.model, self.arena, live.span, plan, stitched.chunk_of, stitched.candidates, reuse, seed,
-            stitched.arrival, self._passes,
+            self.model, self.arena, live.span, plan, stitched.candidates, reuse, seed, stitched.arrival, self._passes,
+            live.tail,
         )  # fmt: skip
         selection = choose(inputs, stitched.num_reused)
         selected = selection.positions
-        live.observer = recompute_observer(self.model, self.arena, plan, stitched.chunk_of, selected, reuse)
+        live.observer = recompute_observer(self.model, self.arena, plan, live.borders, selected, reuse)
         live.stitched = None
         num_layers = self.model.shape.num_layers
         num_recomputed = reuse.recomputed_layers(num_layers)

@@ -16,11 +16,9 @@ import torch
 
 from fusionrag.arena import KVArena
 from fusionrag.config import ReuseConfig
-from fusionrag.kernels.backend import to_device
 from fusionrag.loading import Loader, Piece
 from fusionrag.model import LanguageModel
 from fusionrag.stitch import CaptureKV
-from fusionrag.store.codec import EncodedKV
 from fusionrag.types import (
     ChunkKV,
     ChunkReceipt,
@@ -106,13 +104,11 @@ class Stitched:
     missing: (M,) positions of chunk tokens that have to be computed in place, ascending.
     first_missing: the first of them where there is no gap between them; else None.
     candidates: (K,) positions of reused tokens that may be selected, ascending.
-    chunk_of: (N,) the chunk of each position, -1 for prefix and tail.
     """
 
     receipts: tuple[ChunkReceipt, ...]
     missing: torch.Tensor
     candidates: torch.Tensor
-    chunk_of: torch.Tensor
     num_reused: int  # chunk tokens taken from the store
     load_ms: float  # finding it
     reposition_ms: float  # bringing it into the span; on a GPU, queueing that
@@ -137,14 +133,15 @@ def stitch_(
     span: Span,
     plan: PromptPlan,
     candidates: Sequence[Sequence[KVSpec]],
-    prefix: EncodedKV,
+    prefix: ChunkKV,
 ) -> Stitched:
     """Finds what is stored for the plan's chunks and brings it, re-positioned, into the span.
 
     candidates: for each chunk the objects that may stand for it, best first; chunks behind the last are left missing.
+    prefix: rotated to where it stands in every prompt.
     """
     begin = time.perf_counter()
-    pieces, receipts = [Piece(0, prefix)], list[ChunkReceipt]()
+    pieces, receipts = list[Piece](), list[ChunkReceipt]()
     missing, reused = list[Segment](), list[Segment]()
     for i, (segment, found) in enumerate(zip_longest(plan.chunks, loader.find(candidates))):
         assert segment.chunk is not None
@@ -159,11 +156,13 @@ def stitch_(
             reused.append(segment)
     found_at = time.perf_counter()
     arrival = loader.place_(arena, span, pieces)
+    slots = slice(span.start, span.start + prefix.num_tokens)
+    arena.keys[:, :, slots] = prefix.keys
+    arena.values[:, :, slots] = prefix.values
     return Stitched(
         receipts=tuple(receipts),
         missing=_positions(missing, model.device),
         candidates=_positions(reused, model.device),
-        chunk_of=_chunk_of(plan, model.device),
         num_reused=sum(r.num_tokens for r in receipts if r.source is not KVSource.COMPUTED),
         load_ms=(found_at - begin) * 1e3,
         reposition_ms=(time.perf_counter() - found_at) * 1e3,
@@ -180,18 +179,13 @@ def _positions(segments: Sequence[Segment], device: torch.device) -> torch.Tenso
             runs[-1][1] = segment.stop
         else:
             runs.append([segment.start, segment.stop])
+    if not runs:
+        return torch.empty(0, dtype=torch.int64, device=device)
     found = [torch.arange(start, stop, device=device) for start, stop in runs]
-    return found[0] if len(found) == 1 else torch.cat([torch.empty(0, dtype=torch.int64, device=device), *found])
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _first_of_run(segments: Sequence[Segment]) -> int | None:
     """Where the segments begin, if each begins where the one before it ends."""
     is_run = segments and all(before.stop == after.start for before, after in pairwise(segments))
     return segments[0].start if is_run else None
-
-
-def _chunk_of(plan: PromptPlan, device: torch.device) -> torch.Tensor:
-    """(N,) the chunk of each position, -1 for prefix and tail."""
-    lengths = torch.tensor([s.num_tokens for s in plan.segments])
-    numbers = torch.tensor([-1, *range(len(plan.chunks)), -1])
-    return to_device(torch.repeat_interleave(numbers, lengths), device)

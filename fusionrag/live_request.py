@@ -69,10 +69,31 @@ class LiveRequest:
         self._timed: list[tuple[str, Mark, Mark]] = []  # phases whose time is not read yet
 
     @cached_property
-    def token_ids(self) -> torch.Tensor:
-        """(span length,) int64: the prompt, and room for what is generated. Not made before stored KV is on its way."""
+    def _numbers(self) -> torch.Tensor:
+        """Token ids and borders: what the device must be told, in one copy, ahead of those of stored KV."""
         room = torch.zeros(self.span.length - self.plan.num_tokens, dtype=torch.int64)
-        return to_device(torch.cat([*(_ids(s.token_ids) for s in self.plan.segments), room]), self._device)
+        borders = torch.tensor([s.start for s in self.plan.segments[1:]])
+        return to_device(torch.cat([*(_ids(s.token_ids) for s in self.plan.segments), room, borders]), self._device)
+
+    def upload(self) -> None:
+        """Sends the device now what it must be told; else that goes when it is first needed."""
+        _ = self._numbers
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        """(span length,) int64: the prompt, and room for what is generated."""
+        return self._numbers[: self.span.length]
+
+    @property
+    def borders(self) -> torch.Tensor:
+        """(C + 1,) int64: where each chunk begins, and the tail."""
+        return self._numbers[self.span.length :]
+
+    @property
+    def tail(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and positions of the tail's rows."""
+        start, stop = self.plan.tail.start, self.plan.tail.stop
+        return self.token_ids[start:stop], torch.arange(start, stop, device=self._device)
 
     @property
     def num_pending(self) -> int:

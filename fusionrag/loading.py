@@ -10,7 +10,7 @@ Invariants: what is in the span afterwards is the same whichever way it came; st
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -25,13 +25,14 @@ from fusionrag.stitch import place_
 from fusionrag.store.base import KVStore, StoredHit
 from fusionrag.store.codec import EncodedKV
 from fusionrag.store.device import DeviceKV, DeviceTier
+from fusionrag.store.link import LayeredBytes, copy_layers
 from fusionrag.types import KVArrival, KVSource, KVSpec, Span
 
 NUM_READERS = 8  # files read at the same time: one does not fill a drive
 # Layers per copy: few at first, so that passes begin early, then enough that queueing keeps up with the link. A pass
 # that ends at three quarters of 28 or of 32 layers, as the probe does, waits for no layer above.
 FIRST_RUNS, LAYERS_AT_ONCE = (1, 2), 3
-RUNS_IN_ADVANCE = 3  # queued before anything waits for them: the link is busy while the first pass is prepared
+RUNS_IN_ADVANCE = 2  # queued before anything waits for them: the link is busy while the first pass is prepared
 
 
 @dataclass(frozen=True)
@@ -158,41 +159,52 @@ def layer_runs(num_layers: int) -> list[range]:
 class LayerArrival:
     """KV on its way over the link, some layers at a time.
 
-    Queueing a copy takes the host time too, so layers are queued when something has been queued that runs meanwhile:
-    a run of layers when its first layer is waited for, and no later than the second layer of the run before it.
+    Queueing takes the host time too, so a run of layers is placed when something has been queued that runs meanwhile:
+    when its first layer is waited for, and no later than the second layer of the run before it. Copies are queued a run
+    ahead of that, so that the link does not wait for the host.
     """
 
-    def __init__(self, queue: Callable[[slice], torch.cuda.Event], num_layers: int, begin: torch.cuda.Event) -> None:
-        """queue: brings some layers on their way and returns when they are there; it keeps alive what that needs."""
+    def __init__(
+        self,
+        copy: Callable[[slice], torch.cuda.Event],
+        place: Callable[[slice, torch.cuda.Event], torch.cuda.Event],
+        num_layers: int,
+        begin: torch.cuda.Event,
+    ) -> None:
+        """copy: brings some layers on their way, and tells when they are here; place: from then on, into the span, and
+        tells when they are there. Together they keep alive what that needs."""
         self._runs = layer_runs(num_layers)
         self._run_of = [i for i, run in enumerate(self._runs) for _ in run]
-        self._queue, self._begin = queue, begin
-        self._events = list[torch.cuda.Event]()
-        self._queue_until(RUNS_IN_ADVANCE - 1)
+        self._copy, self._place, self._begin = copy, place, begin
+        self._copied, self._placed = list[torch.cuda.Event](), list[torch.cuda.Event]()
+        self._place_until(RUNS_IN_ADVANCE - 1)
 
     def wait(self, layer: int) -> None:
         own = self._run_of[layer]
-        self._queue_until(own)
+        self._place_until(own)
         if layer == self._runs[own].start:
-            torch.cuda.current_stream().wait_event(self._events[own])
+            torch.cuda.current_stream().wait_event(self._placed[own])
         else:  # waited for already
-            self._queue_until(own + 1)
+            self._place_until(own + 1)
 
     def wait_for_all(self) -> None:
         self.queue_all()
-        torch.cuda.current_stream().wait_event(self._events[-1])
+        torch.cuda.current_stream().wait_event(self._placed[-1])
 
     def queue_all(self) -> None:
-        self._queue_until(len(self._runs) - 1)
+        self._place_until(len(self._runs) - 1)
 
-    def _queue_until(self, last: int) -> None:
-        for run in self._runs[len(self._events) : last + 1]:
-            self._events.append(self._queue(slice(run.start, run.stop)))
+    def _place_until(self, last: int) -> None:
+        for i in range(len(self._placed), min(last + 1, len(self._runs))):
+            for run in self._runs[len(self._copied) : i + 2]:
+                self._copied.append(self._copy(slice(run.start, run.stop)))
+            run = self._runs[i]
+            self._placed.append(self._place(slice(run.start, run.stop), self._copied[i]))
 
     @property
     def elapsed_ms(self) -> float:
         """From the first copy to the last layer in place; only once the device is done with it."""
-        return float(self._begin.elapsed_time(self._events[-1]))
+        return float(self._begin.elapsed_time(self._placed[-1]))
 
 
 class GpuLoader(_Finder):
@@ -216,31 +228,35 @@ class GpuLoader(_Finder):
             latest.queue_all()  # the tier already names as its own what is still to be copied
         self._placing.wait_stream(torch.cuda.current_stream())  # passes still queued may use these slots
         self._copies.wait_stream(self._placing)  # and placing still queued may read these bytes
-        begin = _event()
-        begin.record(self._copies)
-        resident = self._reserve(pieces)
-        placed = list(zip(pieces, resident, strict=True))
-        crossing = [(kv, piece.payload) for piece, kv in placed if isinstance(piece.payload, EncodedKV)]
-        launches: dict[tuple[int, str, torch.dtype], list[tuple[Piece, DeviceKV]]] = {}  # as a rule that is one
+        begin = _recorded(self._copies)
+        placed = list(zip(pieces, self._reserve(pieces), strict=True))
+        crossing, apart = list[LayeredBytes](), list[tuple[DeviceKV, EncodedKV]]()
         for piece, kv in placed:
-            launches.setdefault((kv.buffer.data_ptr(), kv.codec, kv.dtype), []).append((piece, kv))
-        tables = list[torch.Tensor]()  # on their way behind the first copies
+            if isinstance(piece.payload, EncodedKV):
+                link = kv.link(piece.payload)
+                if link is None:
+                    apart.append((kv, piece.payload))
+                else:
+                    crossing.append(link)
+        with torch.cuda.stream(self._copies):  # tables in front of all copies: the link may not serve streams in turn
+            launches = [_Launch(self._model, arena, span, members) for members in _alike(placed)]
 
-        def queue(layers: slice) -> torch.cuda.Event:
-            with torch.cuda.stream(self._copies):
-                for kv, payload in crossing:
-                    kv.copy_layers_(payload, layers, self._copies)
-            self._placing.wait_stream(self._copies)
+        def copy(layers: slice) -> torch.cuda.Event:
+            copy_layers(crossing, layers, self._copies.cuda_stream)
+            if apart:
+                with torch.cuda.stream(self._copies):
+                    for kv, payload in apart:
+                        kv.copy_layers_(payload, layers)
+            return _recorded(self._copies)
+
+        def place(layers: slice, copied: torch.cuda.Event) -> torch.cuda.Event:
+            self._placing.wait_event(copied)
             with torch.cuda.stream(self._placing):
-                if not tables:
-                    tables.extend(self._table(span, members) for members in launches.values())
-                for table, members in zip(tables, launches.values(), strict=True):
-                    self._load_layers_(arena, table, [kv for _, kv in members], layers)
-                event = _event()
-                event.record(self._placing)
-            return event
+                for launch in launches:
+                    launch.run(layers)
+            return _recorded(self._placing)
 
-        arrival = LayerArrival(queue, self._model.shape.num_layers, begin)
+        arrival = LayerArrival(copy, place, self._model.shape.num_layers, begin)
         self._latest = weakref.ref(arrival)
         return arrival
 
@@ -251,29 +267,55 @@ class GpuLoader(_Finder):
             reserved = iter(self._tier.reserve(absent))
         return [p.payload if isinstance(p.payload, DeviceKV) else next(reserved) for p in pieces]
 
-    def _table(self, span: Span, members: Sequence[tuple[Piece, DeviceKV]]) -> torch.Tensor:
-        """Of one launch. members: of one kind, in one buffer."""
-        rows = []
-        for piece, kv in members:
-            at, slot = kv.offsets(0), span.start + piece.position
-            rows.append(ChunkBytes(at.kv, at.key_scales, at.value_scales, kv.num_tokens, slot, piece.position))
-        return load_table(rows, self._model.device)
 
-    def _load_layers_(self, arena: KVArena, table: torch.Tensor, kvs: Sequence[DeviceKV], layers: slice) -> None:
-        """One launch."""
+def _alike(placed: Sequence[tuple[Piece, DeviceKV]]) -> Iterable[list[tuple[Piece, DeviceKV]]]:
+    """What one launch can take: of one kind, in one buffer, and either there or still to come."""
+    launches: dict[Hashable, list[tuple[Piece, DeviceKV]]] = {}
+    for piece, kv in placed:
+        key = kv.buffer.data_ptr(), kv.codec, kv.dtype, piece.payload is kv
+        launches.setdefault(key, []).append((piece, kv))
+    return launches.values()
+
+
+class _Launch:
+    """De-quantises, rotates and scatters some pieces, a run of layers at a time; all launches on one stream.
+
+    What is on the device already does not wait for runs of layers: all that is left of it comes with the second.
+    """
+
+    def __init__(
+        self, model: LanguageModel, arena: KVArena, span: Span, members: Sequence[tuple[Piece, DeviceKV]]
+    ) -> None:
+        self._model, self._arena, self._members = model, arena, members
+        self._is_resident = members[0][0].payload is members[0][1]
+        self._max_tokens = max(kv.num_tokens for _, kv in members)
+        self._next = 0  # layer
+        rows = [
+            ChunkBytes(
+                kv.offset("kv"),
+                kv.offset("key_scales"),
+                kv.offset("value_scales"),
+                kv.num_tokens,
+                span.start + piece.position,
+                piece.position,
+            )
+            for piece, kv in members
+        ]
+        self._table = load_table(rows, model.device)
+
+    def run(self, layers: slice) -> None:
+        stop = self._model.shape.num_layers if self._is_resident and layers.start else layers.stop
+        if stop == self._next:
+            return
+        own, (_, kv), rope = slice(self._next, stop), self._members[0], self._model.rope
+        keys, values = self._arena.keys[own], self._arena.values[own]
+        table, self._next = self._table, stop
         load_(
-            kvs[0].buffer,
-            table,
-            max(kv.num_tokens for kv in kvs),
-            kvs[0].codec,
-            kvs[0].dtype,
-            self._model.rope.inv_freq,
-            self._model.rope.scaling,
-            arena.keys[layers],
-            arena.values[layers],
-            layers.start,
+            kv.buffer, table, self._max_tokens, kv.codec, kv.dtype, rope.inv_freq, rope.scaling, keys, values, own.start
         )
 
 
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record(stream)
+    return event

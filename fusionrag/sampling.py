@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -81,11 +82,17 @@ class Sampler:
         self._penalised = params.repetition_penalty != 1
         seen = sorted(set(prompt_ids)) if self._penalised else []
         self._seen = torch.tensor([seen], dtype=torch.int64)  # (1, distinct ids)
-        self._generator = torch.Generator()
-        if params.seed is None:
-            self._generator.seed()
+        self._seed = params.seed
+
+    @cached_property
+    def _generator(self) -> torch.Generator:
+        """Made when something is drawn, which greedy sampling does not do."""
+        generator = torch.Generator()
+        if self._seed is None:
+            generator.seed()
         else:
-            self._generator.manual_seed(params.seed)
+            generator.manual_seed(self._seed)
+        return generator
 
     @torch.inference_mode()
     def next(self, logits: torch.Tensor) -> int:

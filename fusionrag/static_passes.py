@@ -48,12 +48,15 @@ class StaticPasses:
         self.is_on = not why_not_captured(model)
 
     def probe(
-        self, group: RowGroup, layers: frozenset[int], rows: range, normalize: bool, is_candidate: torch.Tensor
+        self, group: RowGroup, layers: frozenset[int], rows: range, normalize: bool, candidates: torch.Tensor
     ) -> torch.Tensor | None:
-        """As `reprocess.probe.AttentionProbe`: (≥ N,) importance, valid until the next pass, or None."""
+        """As `reprocess.probe.AttentionProbe`: (≥ N,) importance, valid until the next pass, or None.
+
+        candidates: (K,) int64 positions.
+        """
         if not self._takes(group):
             return None
-        return self._pass(_Probe, *self._size(group), layers, normalize).run_for(group, rows, is_candidate)
+        return self._pass(_Probe, *self._size(group), layers, normalize).run_for(group, rows, candidates)
 
     def recompute(self, group: RowGroup) -> torch.Tensor | None:
         """Logits (1, V) of the group's last row, valid until the next pass; None where it must run as any other."""
@@ -158,12 +161,11 @@ class _Probe(_Pass):
         with contextlib.suppress(StopForward):
             self.rows.run_layers(layers)
 
-    def run_for(self, group: RowGroup, rows: range, is_candidate: torch.Tensor) -> torch.Tensor:
+    def run_for(self, group: RowGroup, rows: range, candidates: torch.Tensor) -> torch.Tensor:
         self._fill(group)
         self._hidden_rows.fill_(float("inf"))
         self._hidden_rows[rows.start : rows.stop] = 0
-        self._is_candidate.zero_()
-        self._is_candidate[: len(is_candidate)] = is_candidate
+        self._is_candidate.zero_().index_fill_(0, candidates, 1.0)
         self._run(group.arrival)
         return self._probe.importance
 
@@ -187,9 +189,8 @@ class _Recompute(_Pass):
         device, buffers = model.device, Buffers(num_rows, model.device)
         self._correction = None
         if num_chunks:
-            chunk_of = torch.full((num_positions,), -1, device=device)
             borders = torch.zeros(num_chunks + 1, dtype=torch.int64, device=device)
-            self._correction = MeanResidual(arena, model.rope, chunk_of, borders, weight)
+            self._correction = MeanResidual(arena, model.rope, num_positions, borders, weight)
         self._last = Buffers(1, device)
         self._wanted = torch.zeros(1, dtype=torch.int64, device=device)
         num_layers, last = model.shape.num_layers, RowPass(model, arena, self._last, num_positions)
@@ -215,8 +216,6 @@ class _Recompute(_Pass):
         own, asked = self._correction, group.observer
         if own is not None:
             assert isinstance(asked, MeanResidual)
-            own.chunk_of[: len(asked.chunk_of)] = asked.chunk_of
-            own.chunk_of[len(asked.chunk_of) :] = -1
             own.borders[: len(asked.borders)] = asked.borders
             own.borders[len(asked.borders) :] = asked.borders[-1]
         self._run(group.arrival)

@@ -24,6 +24,12 @@ def place_(arena: KVArena, rope: Rope, span: Span, position: int, kv: ChunkKV) -
         arena.values[layer, :, slots] = kv.values[layer].to(arena.values.dtype)
 
 
+def rotated(rope: Rope, kv: ChunkKV, position: int = 0) -> ChunkKV:
+    """`kv` with its keys rotated to positions `[position, position + T)`, as an arena holds it."""
+    positions = torch.arange(position, position + kv.num_tokens, device=kv.keys.device)
+    return ChunkKV(rope.rotate(kv.keys, *rope.tables(positions)), kv.values)
+
+
 class CaptureKV(AttentionObserver):
     """An observer that keeps the un-rotated keys and the values of a group's rows: how stored KV is made."""
 

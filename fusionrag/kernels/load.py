@@ -15,7 +15,7 @@ How the bytes of one chunk lie (`codec.layout` writes them so), for each tensor 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -28,8 +28,7 @@ HEADS_PER_PROGRAM = 8  # (layer, head) pairs that share the work of cos and sin
 STAGES_OF_ENCODED = 3  # pairs on their way at once; plain numbers, twice the bytes or more, do as well with one
 
 
-@dataclass(frozen=True)
-class ChunkBytes:
+class ChunkBytes(NamedTuple):
     """Where one chunk's bytes lie in the source, and where they go.
 
     kv, key_scales, value_scales: byte offset of layer 0; the first two are multiples of 16, the last of 4. The scales'
@@ -46,9 +45,7 @@ class ChunkBytes:
 
 def load_table(chunks: Sequence[ChunkBytes], device: torch.device) -> torch.Tensor:
     """(C, 6) int64 on `device`, on its way there without waiting."""
-    rows = [(c.kv, c.key_scales, c.value_scales, c.num_tokens, c.slot, c.position) for c in chunks]
-    table = torch.tensor(rows, dtype=torch.int64).view(-1, 6)
-    return to_device(table, device)
+    return to_device(torch.tensor(chunks, dtype=torch.int64).view(-1, 6), device)
 
 
 def load_(

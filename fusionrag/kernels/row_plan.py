@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 
 from fusionrag.kernels import rows_attention_hopper
-from fusionrag.kernels.backend import has_wgmma, padded, takes, to_device
+from fusionrag.kernels.backend import has_wgmma, padded, takes
 
 ROWS_PER_BLOCK = 128  # of the reference: large enough for GEMM speed, small enough to skip most keys it cannot see
 
@@ -103,12 +103,10 @@ def plan_rows(
     num_pairs = [r.num_rows * group for r in requests]
     is_hopper = rows_attention_hopper.takes(device, dtype, head_dim, window) and _fills(num_pairs, num_kv_heads, device)
     shape = HOPPER if is_hopper else choose_shape(max(num_pairs), head_dim, dtype, has_wgmma(device))
-    tiles = _tiles(requests, group, shape.block_m)
+    tiles = _tiles(requests, group, shape.block_m, device)
     num_keys = max(r.span_length for r in requests)
     num_splits = 1 if is_hopper else _num_splits(len(tiles) * num_kv_heads, min(num_keys, window or num_keys), device)
-    return replace(
-        plan, shape=shape, tiles=to_device(tiles.contiguous(), device), num_splits=num_splits, is_hopper=is_hopper
-    )
+    return replace(plan, shape=shape, tiles=tiles, num_splits=num_splits, is_hopper=is_hopper)
 
 
 # Measured on an H100 with 28 query heads over 4, bf16 (`bench kernels`); shared memory of all is below 163 KiB (A100).
@@ -148,14 +146,21 @@ def _num_splits(num_programs: int, num_keys: int, device: torch.device) -> int:
     return max(1, min(wanted, num_keys // MIN_KEYS_PER_SPLIT, MAX_SPLITS))
 
 
-def _tiles(requests: Sequence[RequestRows], group: int, block_m: int) -> torch.Tensor:
-    """(num_tiles, 3) int32 on the host. Rows ascend, so the share of the span a tile sees grows along its request."""
+def _tiles(requests: Sequence[RequestRows], group: int, block_m: int, device: torch.device) -> torch.Tensor:
+    """(num_tiles, 3) int32. Rows ascend, so the share of the span a tile sees grows along its request.
+
+    Made on the device: a table from the host would wait for stored KV that is crossing the link.
+    """
     tables, weights = [], []
     for r in requests:
-        offsets = torch.arange(0, r.num_rows * group, block_m, dtype=torch.int32)
-        rows = torch.tensor([r.first_row, r.stop], dtype=torch.int32).expand(len(offsets), 2)
-        tables.append(torch.cat([rows, offsets[:, None]], dim=1))
-        weights.append(r.span_length * (offsets + block_m).clamp(max=r.num_rows * group) / (r.num_rows * group))
+        num_pairs = r.num_rows * group
+        offsets = torch.arange(0, num_pairs, block_m, dtype=torch.int32, device=device)
+        table = torch.empty(len(offsets), 3, dtype=torch.int32, device=device)
+        table[:, 0], table[:, 1], table[:, 2] = r.first_row, r.stop, offsets
+        tables.append(table)
+        weights.append(r.span_length * (offsets + block_m).clamp(max=num_pairs) / num_pairs)
+    if len(tables) == 1:
+        return tables[0].flip(0)
     return torch.cat(tables)[torch.cat(weights).argsort(descending=True)]
 
 

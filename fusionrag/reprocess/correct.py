@@ -23,15 +23,13 @@ from fusionrag.types import AttentionObserver, RowGroup
 class MeanResidual(AttentionObserver):
     """An observer of the recompute pass, whose recomputed rows stand first, in front of the tail.
 
-    chunk_of: (N,) int64, the chunk of each position, -1 for those of no chunk. borders: (C + 1,) int64, where each
-    chunk begins and the last one ends.
+    borders: (C + 1,) int64, where each chunk begins and the last one ends; there is no gap between them, and one may be
+    empty. May change in place before the pass.
     """
 
-    def __init__(
-        self, arena: KVArena, rope: Rope, chunk_of: torch.Tensor, borders: torch.Tensor, weight: float
-    ) -> None:
-        self.chunk_of, self.borders, self.weight = chunk_of, borders, weight
-        self._arena, self._rope = arena, rope
+    def __init__(self, arena: KVArena, rope: Rope, num_tokens: int, borders: torch.Tensor, weight: float) -> None:
+        self.borders, self.weight = borders, weight
+        self._arena, self._rope, self._num_tokens = arena, rope, num_tokens
 
     def before_write(self, layer: int, group: RowGroup, keys: torch.Tensor, values: torch.Tensor) -> None:
         if layer == 0:  # keys and values of layer 0 are the same in every context
@@ -39,7 +37,7 @@ class MeanResidual(AttentionObserver):
             return
         arena = self._arena.keys[layer], self._arena.values[layer]
         shifts = mean_residual(keys, values, *arena, self._slots, self._bounds, *self._back, self.weight)
-        shift_(*arena, self._first_slot, self.chunk_of, *shifts, *self._forth)
+        shift_(*arena, self._first_slot, self._chunk_of, *shifts, *self._forth)
 
     def _look_at(self, group: RowGroup) -> None:
         """What is the same for all layers."""
@@ -50,4 +48,7 @@ class MeanResidual(AttentionObserver):
         cos, sin = self._rope.tables(-positions)
         # tables carry the rope's scaling: stored-frame keys do not, so undoing divides by it twice
         self._back = cos / self._rope.scaling**2, sin / self._rope.scaling**2
-        self._forth = self._rope.tables(torch.arange(len(self.chunk_of), device=positions.device))
+        tokens = torch.arange(self._num_tokens, device=positions.device)
+        self._chunk_of = torch.searchsorted(self.borders, tokens, right=True) - 1  # -1 in front of all chunks
+        self._chunk_of.masked_fill_(tokens >= self.borders[-1], -1)
+        self._forth = self._rope.tables(tokens)

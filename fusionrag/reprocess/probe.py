@@ -35,18 +35,18 @@ CACHEBLEND_LAYER = (
 
 @dataclass(frozen=True)
 class ScoreInputs:
-    """A stitched request. `chunk_of`: (N,) int64, the chunk of each position or -1; `candidates`: (K,) ascending."""
+    """A stitched request. `candidates`: (K,) int64, ascending."""
 
     model: LanguageModel
     arena: KVArena
     span: Span
     plan: PromptPlan
-    chunk_of: torch.Tensor
     candidates: torch.Tensor
     config: ReuseConfig
     seed: int = 0
     arrival: KVArrival | None = None  # stored KV that is still on its way into the span
     passes: RequestPasses | None = None  # with buffers that stay, where the device has them
+    tail: tuple[torch.Tensor, torch.Tensor] | None = None  # token ids and positions of its rows; made if None
 
     @property
     def probe_rows(self) -> tuple[int, int]:
@@ -139,13 +139,13 @@ def _tail_attention(inputs: ScoreInputs) -> torch.Tensor:
     config, model, num_tokens = inputs.config, inputs.model, inputs.plan.num_tokens
     layers = parse_layers(config.probe_layers, model.shape.num_layers)
     first, last = inputs.probe_rows
-    is_candidate = torch.zeros(num_tokens, device=model.device).index_fill_(0, inputs.candidates, 1.0)
     rows = range(first - inputs.plan.tail.start, last - inputs.plan.tail.start)
     group = _tail(inputs)
     if inputs.passes is not None:
-        found = inputs.passes.probe(group, layers, rows, config.normalize_layers, is_candidate)
+        found = inputs.passes.probe(group, layers, rows, config.normalize_layers, inputs.candidates)
         if found is not None:
             return found[:num_tokens]
+    is_candidate = torch.zeros(num_tokens, device=model.device).index_fill_(0, inputs.candidates, 1.0)
     probe = AttentionProbe(inputs.arena, layers, rows, is_candidate, config.normalize_layers)
     _observe(model, replace(group, observer=probe), inputs.arena)
     return probe.importance
@@ -153,7 +153,8 @@ def _tail_attention(inputs: ScoreInputs) -> torch.Tensor:
 
 def _tail(inputs: ScoreInputs) -> RowGroup:
     tail = inputs.plan.tail
-    return RowGroup(inputs.span, *inputs.model.rows(tail.token_ids, tail.start), arrival=inputs.arrival)
+    rows = inputs.tail or inputs.model.rows(tail.token_ids, tail.start)
+    return RowGroup(inputs.span, *rows, arrival=inputs.arrival)
 
 
 def _observe(model: LanguageModel, group: RowGroup, arena: KVArena) -> None:
@@ -222,9 +223,12 @@ class RequestPasses(Protocol):
     """Passes of one request in buffers that stay (`fusionrag.static_passes`)."""
 
     def probe(
-        self, group: RowGroup, layers: frozenset[int], rows: range, normalize: bool, is_candidate: torch.Tensor
+        self, group: RowGroup, layers: frozenset[int], rows: range, normalize: bool, candidates: torch.Tensor
     ) -> torch.Tensor | None:
-        """As `AttentionProbe`: at least (N,) importance, valid until the next pass; None where it has no buffers."""
+        """As `AttentionProbe`: at least (N,) importance, valid until the next pass; None where it has no buffers.
+
+        candidates: (K,) int64 positions.
+        """
         ...
 
 

@@ -10,7 +10,6 @@ import torch
 
 from fusionrag.arena import KVArena
 from fusionrag.config import ReuseConfig
-from fusionrag.kernels.backend import to_device
 from fusionrag.model import LanguageModel
 from fusionrag.reprocess.blend import GradualFilter
 from fusionrag.reprocess.correct import MeanResidual
@@ -27,16 +26,18 @@ def recompute_observer(
     model: LanguageModel,
     arena: KVArena,
     plan: PromptPlan,
-    chunk_of: torch.Tensor,
+    borders: torch.Tensor,
     selected: torch.Tensor,
     config: ReuseConfig,
 ) -> AttentionObserver | None:
-    """What acts between the layers of the recompute pass, if anything does: a correction, or CacheBlend's filter."""
+    """What acts between the layers of the recompute pass, if anything does: a correction, or CacheBlend's filter.
+
+    borders: (C + 1,) int64, where each chunk begins, and the tail.
+    """
     if len(selected) == 0:
         return None
     if config.method == "cacheblend_gradual":
         return GradualFilter(arena, model.rope, selected, model.shape.num_layers)
     if config.correction == 0:
         return None
-    borders = torch.tensor([s.start for s in plan.chunks] + [plan.chunks[-1].stop])
-    return MeanResidual(arena, model.rope, chunk_of, to_device(borders, model.device), config.correction)
+    return MeanResidual(arena, model.rope, plan.num_tokens, borders, config.correction)

@@ -32,6 +32,9 @@ from fusionrag.types import ChunkKV
 CODECS = ("none", "float16", "int8", "int4")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+TENSOR_ALIGNMENT = 256  # bytes, on a device, of tensors that are copied one by one
+WIDEST_LOAD = 16  # bytes, of a kernel: so much "kv" is aligned wherever it lies
+
 _INT8_MAX = 127
 _INT4_MAX = 15
 
@@ -65,6 +68,19 @@ class TensorLayout:
 
 
 @dataclass(frozen=True)
+class Packing:
+    """How an object lies in one run of bytes on a device: where each tensor begins, and the bytes of one of its layers.
+
+    as_on_host: the tensors follow each other without gaps, as in host memory, so that one copy brings several.
+    """
+
+    starts: Mapping[str, int]
+    layer_bytes: Mapping[str, int]
+    num_bytes: int
+    as_on_host: bool
+
+
+@dataclass(frozen=True)
 class EncodedKV:
     """One chunk's KV as its codec keeps it. Immutable and shared (I4), as the `ChunkKV` that it stands for.
 
@@ -91,6 +107,17 @@ class EncodedKV:
     @cached_property
     def layout(self) -> tuple[TensorLayout, ...]:
         return tuple(TensorLayout(name, t.dtype, tuple(t.shape)) for name, t in self.tensors.items())
+
+    @cached_property
+    def packing(self) -> Packing:
+        """How it lies on a device: as on the host where that leaves "kv" aligned for the kernel, else each aligned."""
+        sizes = [t.nbytes for t in self.tensors.values()]
+        as_on_host = self.packed is not None and (self.num_bytes - sizes[-1]) % WIDEST_LOAD == 0
+        if not as_on_host:
+            sizes = [-(-size // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT for size in sizes]
+        *starts, num_bytes = accumulate(sizes, initial=0)
+        layer_bytes = {name: t.nbytes // t.shape[0] for name, t in self.tensors.items()}
+        return Packing(dict(zip(self.tensors, starts, strict=True)), layer_bytes, num_bytes, as_on_host)
 
     @cached_property
     def bytes_of_layers(self) -> Mapping[str, torch.Tensor]:

@@ -10,99 +10,56 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate
-from math import prod
 
 import torch
 
 from fusionrag.arena import FreeList
-from fusionrag.store.codec import EncodedKV, TensorLayout
-from fusionrag.store.link import copy_from_host
+from fusionrag.store.codec import EncodedKV, Packing
+from fusionrag.store.link import LayeredBytes
 from fusionrag.types import Span
 
-ALIGNMENT = 256  # of an object, and of its tensors where they are copied one by one
-WIDEST_LOAD = 16  # bytes, of a kernel: so much "kv" is aligned wherever it lies
-
-
-@dataclass(frozen=True)
-class Offsets:
-    """Bytes from the start of the buffer to one layer of each tensor; 0 where the codec has no scales."""
-
-    kv: int
-    key_scales: int = 0
-    value_scales: int = 0
+ALIGNMENT = 256  # bytes, of an object
 
 
 @dataclass(frozen=True, eq=False)
 class DeviceKV:
-    """One chunk's encoded KV at `start` of a device buffer; tensors as `codec.layout` names them.
+    """One chunk's encoded KV at byte `start` of a device buffer, uint8 (n,)."""
 
-    is_packed: they follow each other as in host memory, so that one copy brings several; else each is aligned.
-    """
-
-    buffer: torch.Tensor  # uint8 (n,)
+    buffer: torch.Tensor
     start: int
     codec: str
     dtype: torch.dtype
-    tensors: tuple[TensorLayout, ...]
-    is_packed: bool = False
+    num_tokens: int
+    packing: Packing
 
-    @cached_property
-    def _starts(self) -> Mapping[str, int]:
-        """Byte at which each tensor begins in the buffer."""
-        sizes = [prod(t.shape) * t.dtype.itemsize for t in self.tensors]
-        if not self.is_packed:
-            sizes = [_aligned(size) for size in sizes]
-        starts = accumulate(sizes, initial=self.start)
-        return {t.name: start for t, start in zip(self.tensors, starts, strict=False)}
+    @classmethod
+    def of(cls, payload: EncodedKV, buffer: torch.Tensor, start: int) -> DeviceKV:
+        """Room for `payload`, whose bytes are still to be copied unless they are there."""
+        return cls(buffer, start, payload.codec, payload.dtype, payload.num_tokens, payload.packing)
 
-    @property
-    def num_tokens(self) -> int:
-        return self.tensors[-1].shape[3]
+    def offset(self, name: str) -> int:
+        """Bytes from the start of the buffer to layer 0 of this tensor; 0 where the codec has none of that name."""
+        at = self.packing.starts.get(name)
+        return 0 if at is None else self.start + at
 
-    def offsets(self, layer: int) -> Offsets:
-        """Where layer `layer` begins."""
-        return Offsets(**{t.name: self._starts[t.name] + layer * _layer_bytes(t) for t in self.tensors})
+    def copy_layers_(self, payload: EncodedKV, layers: slice) -> None:
+        """Queues the copy of these layers on the current stream. Scales are small, and come with layer 0 for all."""
+        for name, source in payload.bytes_of_layers.items():
+            size, begin = self.packing.layer_bytes[name], self.start + self.packing.starts[name]
+            own = layers if name == "kv" else slice(0, len(source) if layers.start == 0 else 0)
+            target = self.buffer[begin + own.start * size : begin + own.stop * size]
+            target.view(-1, size).copy_(source[own], non_blocking=True)
 
-    @cached_property
-    def _bytes_of_layers(self) -> Mapping[str, torch.Tensor]:
-        """Each tensor's bytes in the buffer, uint8 (L, bytes of a layer)."""
-        views = {}
-        for tensor in self.tensors:
-            num_layers, size = tensor.shape[0], _layer_bytes(tensor)
-            views[tensor.name] = self.buffer.narrow(0, self._starts[tensor.name], num_layers * size).view(-1, size)
-        return views
-
-    @cached_property
-    def _packed(self) -> tuple[int, int, int]:
-        """Where the bytes begin in memory, how many stand in front of "kv", and how many a layer of that takes."""
-        return self.buffer.data_ptr() + self.start, self._starts["kv"] - self.start, _layer_bytes(self.tensors[-1])
-
-    def copy_layers_(self, payload: EncodedKV, layers: slice, stream: torch.cuda.Stream | None = None) -> None:
-        """Queues the copy of these layers on the current stream, which `stream` must be on a GPU.
-
-        Scales are small and come with layer 0, those of all layers: a copy costs the host more than the link.
-        """
-        first, num_layers = layers.start, layers.stop - layers.start
-        if self.is_packed:
-            assert payload.packed is not None
-            address, kv, size = self._packed
-            begin, end = (kv + first * size if first else 0), kv + layers.stop * size
-            if stream is not None and payload.packed.device.type == "cpu":
-                copy_from_host(address + begin, payload.packed.data_ptr() + begin, end - begin, stream.cuda_stream)
-            else:
-                source, at = payload.packed.narrow(0, begin, end - begin), self.start + begin
-                self.buffer.narrow(0, at, end - begin).copy_(source, non_blocking=True)
-            return
-        for name, target in self._bytes_of_layers.items():
-            source = payload.bytes_of_layers[name]
-            if name == "kv":
-                source, target = source.narrow(0, first, num_layers), target.narrow(0, first, num_layers)
-            if name == "kv" or first == 0:
-                target.copy_(source, non_blocking=True)
+    def link(self, payload: EncodedKV) -> LayeredBytes | None:
+        """What brings `payload` here over the link in one copy a run of layers; None where it does not lie that way."""
+        if not self.packing.as_on_host or payload.packed is None or payload.packed.device.type != "cpu":
+            return None
+        source, packing = payload.packed.data_ptr(), self.packing
+        return LayeredBytes(
+            self.buffer.data_ptr() + self.start, source, packing.starts["kv"], packing.layer_bytes["kv"]
+        )
 
 
 class DeviceTier:
@@ -134,22 +91,21 @@ class DeviceTier:
         What finds no room here shares one buffer of its own, for as long as it is held. That is used again when nobody
         holds any of it: a request's KV is up to gigabytes, and getting those anew can take longer than the copy.
         """
-        are_packed = [_is_packed(payload) for payload, _ in payloads]
-        sizes = [_room_for(payload, is_packed) for (payload, _), is_packed in zip(payloads, are_packed, strict=True)]
+        sizes = [_aligned(payload.packing.num_bytes) for payload, _ in payloads]
         spans = [self._room(size) for size in sizes]
         overflow = sum(size for size, span in zip(sizes, spans, strict=True) if span is None)
         own, reserved, at = self._room_outside(overflow), [], 0
-        for (payload, digest), is_packed, size, span in zip(payloads, are_packed, sizes, spans, strict=True):
-            buffer, start = (own, at) if span is None else (self._buffer, span.start)
-            kv = DeviceKV(buffer, start, payload.codec, payload.dtype, payload.layout, is_packed)
-            reserved.append(kv)
+        for (payload, digest), size, span in zip(payloads, sizes, spans, strict=True):
             if span is None:
+                kv = DeviceKV.of(payload, own, at)
                 at += size
                 self._in_overflow.append(weakref.ref(kv))
             else:
+                kv = DeviceKV.of(payload, self._buffer, span.start)
                 weakref.finalize(kv, self._free.free_later, span).atexit = False
                 if digest is not None:
                     self._kept[digest] = kv
+            reserved.append(kv)
         return reserved
 
     def _room_outside(self, num_bytes: int) -> torch.Tensor:
@@ -173,19 +129,5 @@ class DeviceTier:
         return span
 
 
-def _is_packed(payload: EncodedKV) -> bool:
-    return payload.packed is not None and (payload.num_bytes - payload.tensors["kv"].nbytes) % WIDEST_LOAD == 0
-
-
-def _room_for(payload: EncodedKV, is_packed: bool) -> int:
-    if is_packed:
-        return _aligned(payload.num_bytes)
-    return sum(_aligned(t.nbytes) for t in payload.tensors.values())
-
-
 def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
-
-
-def _layer_bytes(tensor: TensorLayout) -> int:
-    return prod(tensor.shape[1:]) * tensor.dtype.itemsize

@@ -6,18 +6,39 @@ A request makes hundreds of them, and torch's own copy takes the host several ti
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 
-def copy_from_host(target: int, source: int, num_bytes: int, stream: int) -> None:
-    """Queues a copy between two addresses. source: of page-locked memory, or the host waits. stream: its handle.
+@dataclass(frozen=True)
+class LayeredBytes:
+    """An object that lies alike on both sides: `head_bytes`, then layers of `layer_bytes` each.
 
-    Both must stay allocated until the copy is done. Raises RuntimeError with the driver's number for what went wrong.
+    target, source: its addresses on the device and on the host, which must stay allocated until all copies are done.
+    source: page-locked, or the host waits.
     """
-    error = _driver().cuMemcpyHtoDAsync_v2(target, source, num_bytes, stream)
-    if error:
-        raise RuntimeError(f"copying {num_bytes} bytes to the GPU failed: CUDA driver error {error}")
+
+    target: int
+    source: int
+    head_bytes: int
+    layer_bytes: int
+
+
+def copy_layers(objects: Sequence[LayeredBytes], layers: slice, stream: int) -> None:
+    """Queues the copy of these layers of all objects. Heads come with layer 0. stream: its handle.
+
+    Raises RuntimeError with the driver's number for what went wrong.
+    """
+    copy = _driver().cuMemcpyHtoDAsync_v2
+    first, stop = layers.start, layers.stop
+    for o in objects:
+        begin = o.head_bytes + first * o.layer_bytes if first else 0
+        num_bytes = o.head_bytes + stop * o.layer_bytes - begin
+        error = copy(o.target + begin, o.source + begin, num_bytes, stream)
+        if error:
+            raise RuntimeError(f"copying {num_bytes} bytes to the GPU failed: CUDA driver error {error}")
 
 
 @cache

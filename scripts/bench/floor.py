@@ -6,22 +6,25 @@
     floor      max(load, probe + recompute): layer by layer, loading goes on beside the passes
 
 FLOPs are those of `fusionrag.cost`: `2 P` a row for the matrix products and `4 L H D` for every (row, visible slot).
+Nobody reads what would come out of the last layer whose keys and values a row is needed for: that layer does not count.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from fusionrag.config import ReuseConfig
 from fusionrag.cost import DecoderSize, pass_flops
 from fusionrag.types import PromptPlan
 
 MATRIX_SIDE = {"cuda": 8192, "cpu": 1024}
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
 REPEATS = 10
+SUSTAINED_S = 0.15
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,12 @@ class Ceilings:
     matrix_flops_per_s: float
     memory_bytes_per_s: float  # read plus written, of a copy within the device's memory
     link_bytes_per_s: float  # page-locked host memory to the device; on a CPU, memory itself
+    sustained_flops_per_s: float = 0.0  # of the same product over 150 ms: a GPU's power is limited; 0: not measured
+
+    @property
+    def sustained(self) -> Ceilings:
+        """The same with the rate of products that go on for as long as a request does."""
+        return replace(self, matrix_flops_per_s=self.sustained_flops_per_s or self.matrix_flops_per_s)
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
@@ -43,10 +52,13 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     if device.type == "cuda":
         host = source.cpu().pin_memory()
         link_s = _best_s(device, lambda: target.copy_(host, non_blocking=True))
+    product_s = _best_s(device, lambda: a @ b)
+    times = max(REPEATS, round(SUSTAINED_S / product_s))
     return Ceilings(
-        matrix_flops_per_s=2 * side**3 / _best_s(device, lambda: a @ b),
+        matrix_flops_per_s=2 * side**3 / product_s,
         memory_bytes_per_s=2 * num_bytes / copy_s,
         link_bytes_per_s=num_bytes / link_s,
+        sustained_flops_per_s=2 * side**3 / _mean_s(device, lambda: a @ b, times),
     )
 
 
@@ -63,31 +75,58 @@ class Floor:
         return max(self.load_ms, self.probe_ms + self.recompute_ms)
 
 
+def full_flops(model: DecoderSize, plan: PromptPlan) -> float:
+    return share_run(model, 1.0) * pass_flops(model, plan.num_tokens, plan.num_tokens / 2)
+
+
+def recompute_flops(model: DecoderSize, plan: PromptPlan, num_selected: float, recompute_depth: float) -> float:
+    """Of selected rows, spread evenly over the prompt, and of the tail, which sees all of it."""
+    selected = share_run(model, recompute_depth) * pass_flops(model, num_selected, plan.num_tokens / 2)
+    return selected + pass_flops(model, plan.tail.num_tokens, plan.num_tokens)
+
+
+def share_run(model: DecoderSize, recompute_depth: float) -> float:
+    """Of the layers, those that a row is run through whose KV is wanted in this share of them."""
+    num_layers = model.shape.num_layers
+    return (ReuseConfig(recompute_depth=recompute_depth).recomputed_layers(num_layers) - 1) / num_layers
+
+
 def full_floor(model: DecoderSize, plan: PromptPlan, ceilings: Ceilings) -> Floor:
     """Of full prefill: nothing but its FLOPs."""
-    flops = pass_flops(model, plan.num_tokens, plan.num_tokens / 2)
-    return Floor(0.0, 0.0, flops / ceilings.matrix_flops_per_s * 1e3)
+    return Floor(0.0, 0.0, full_flops(model, plan) / ceilings.matrix_flops_per_s * 1e3)
 
 
 def reuse_floor(
-    model: DecoderSize, plan: PromptPlan, num_selected: float, load_bytes: int, load_rate: float, ceilings: Ceilings
+    model: DecoderSize,
+    plan: PromptPlan,
+    num_selected: float,
+    recompute_depth: float,
+    load_bytes: int,
+    load_rate: float,
+    ceilings: Ceilings,
 ) -> Floor:
-    """load_bytes: of all chunks as they are stored; load_rate: bytes/s of where they come from.
-
-    num_selected rows are spread evenly over the prompt, a row in half the layers counting as half a row; the tail sees
-    all of it.
-    """
+    """load_bytes: of all chunks as they are stored; load_rate: bytes/s of where they come from."""
     num_tail = plan.tail.num_tokens
     tail = pass_flops(model, num_tail, plan.num_tokens)
     read = model.num_active_parameters * model.dtype.itemsize
     read += plan.num_tokens * model.shape.kv_bytes_per_token(model.dtype)
     probe_s = max(tail / ceilings.matrix_flops_per_s, read / ceilings.memory_bytes_per_s) if num_selected else 0.0
-    rows = pass_flops(model, num_selected, plan.num_tokens / 2) + tail
-    recompute_s = max(rows / ceilings.matrix_flops_per_s, read / ceilings.memory_bytes_per_s)
+    flops = recompute_flops(model, plan, num_selected, recompute_depth)
+    recompute_s = max(flops / ceilings.matrix_flops_per_s, read / ceilings.memory_bytes_per_s)
     return Floor(load_bytes / load_rate * 1e3, probe_s * 1e3, recompute_s * 1e3)
 
 
-def _best_s(device: torch.device, work: Callable[[], object]) -> float:
+def _mean_s(device: torch.device, work: Callable[[], object], times: int) -> float:
+    """Seconds of each of many runs, one behind the other."""
+
+    def all_of_them() -> None:
+        for _ in range(times):
+            work()
+
+    return _best_s(device, all_of_them, repeats=1) / times
+
+
+def _best_s(device: torch.device, work: Callable[[], object], repeats: int = REPEATS) -> float:
     """Seconds of the fastest of several runs: a ceiling is what can be reached, not what is usual."""
 
     def synchronize() -> None:
@@ -95,7 +134,7 @@ def _best_s(device: torch.device, work: Callable[[], object]) -> float:
             torch.cuda.synchronize(device)
 
     times = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         synchronize()
         begin = time.perf_counter()
         work()

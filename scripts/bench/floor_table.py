@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from fusionrag.config import ModelConfig
-from fusionrag.cost import DecoderSize, pass_flops
+from fusionrag.cost import DecoderSize
 from fusionrag.model import resolve_device
 from fusionrag.types import PromptPlan, Segment, SegmentKind
 from scripts.assembly import versions
-from scripts.bench.floor import Ceilings, full_floor, measure_ceilings, reuse_floor
+from scripts.bench.floor import Ceilings, full_floor, full_flops, measure_ceilings, recompute_flops, reuse_floor
 from scripts.bench.random_model import published_shape
 from scripts.bench.tiers import Tier
 from scripts.bench.timing import finish
@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prefix-tokens", type=int, default=32, help="in front of them (default: %(default)s)")
     parser.add_argument("--tail-tokens", type=int, default=32, help="behind them (default: %(default)s)")
     parser.add_argument("--ratios", default="0.05,0.1,0.15,0.3", help="comma-separated (default: %(default)s)")
+    parser.add_argument("--recompute-depth", type=float, default=1.0, help="share of the layers (default: %(default)s)")
     parser.add_argument("--kv-codec", default="none", help="how stored KV crosses the link (default: %(default)s)")
     parser.add_argument("--matrix-tflops", type=float, help="of a large bf16 matrix product; else measured")
     parser.add_argument("--memory-gb", type=float, help="device memory read and written, GB/s; else measured")
@@ -78,21 +79,19 @@ def _rows(
     model: DecoderSize = published_shape(name, DTYPE)
     plan = _plan(args.prefix_tokens, [args.chunk_tokens] * num_chunks, args.tail_tokens)
     kv_bytes = Tier("host", args.kv_codec).num_bytes(model, [s.num_tokens for s in plan.chunks])
-    full = full_floor(model, plan, ceilings)
+    full, depth = full_floor(model, plan, ceilings), args.recompute_depth
     for ratio in ratios:
         num_selected = math.ceil(round(ratio * plan.num_chunk_tokens, 6))
-        floor = reuse_floor(model, plan, num_selected, kv_bytes, ceilings.link_bytes_per_s, ceilings)
-        flops = pass_flops(model, num_selected, plan.num_tokens / 2)
-        flops += pass_flops(model, plan.tail.num_tokens, plan.num_tokens)
+        floor = reuse_floor(model, plan, num_selected, depth, kv_bytes, ceilings.link_bytes_per_s, ceilings)
         yield {
             "shape": name,
             "prompt_tokens": plan.num_tokens,
-            "full_tflop": pass_flops(model, plan.num_tokens, plan.num_tokens / 2) / 1e12,
+            "full_tflop": full_flops(model, plan) / 1e12,
             "full_ms": full.ttft_ms,
             "kv_gb": kv_bytes / 1e9,
             "load_ms": floor.load_ms,
             "recompute_ratio": ratio,
-            "recompute_tflop": flops / 1e12,
+            "recompute_tflop": recompute_flops(model, plan, num_selected, depth) / 1e12,
             "probe_ms": floor.probe_ms,
             "recompute_ms": floor.recompute_ms,
             "floor_ms": floor.ttft_ms,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fusionrag.config import StoreConfig
-from fusionrag.loading import CpuLoader, GpuLoader, Piece, make_loader
+from fusionrag.loading import CpuLoader, GpuLoader, LayerArrival, Piece, layer_runs, make_loader
 from fusionrag.store import DiskStore, MemoryStore, open_store
 from fusionrag.store.codec import EncodedKV
 from fusionrag.types import KVSource
@@ -140,6 +140,30 @@ def test_pieces_are_in_the_span_when_place_returns(bench, chunks):
         rope = bench.model.rope
         torch.testing.assert_close(arena.keys[:, :, slots], rope.rotate(kv.keys, *rope.tables(positions)))
         assert arena.values[:, :, slots].equal(kv.values)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3, 4, 5, 21, 28, 32])
+def test_runs_of_layers_follow_each_other_and_begin_with_a_single_one(num_layers):
+    runs = layer_runs(num_layers)
+    assert [layer for run in runs for layer in run] == list(range(num_layers))
+    assert len(runs[0]) == 1 and all(runs)
+
+
+def test_layers_are_placed_in_order_when_their_copies_are_queued_and_the_next_ones_too():
+    queued = []
+    arrival = LayerArrival(
+        lambda layers: queued.append(("copy", layers.start, layers.stop)) or layers,
+        lambda layers, copied: queued.append(("place", layers.start, layers.stop)) or copied == layers,
+        10,
+        None,
+    )
+    assert queued == [("copy", 0, 1), ("copy", 1, 3), ("place", 0, 1), ("copy", 3, 6), ("place", 1, 3)]
+    arrival.wait(4)  # behind the first layer of its run: the run was waited for, and the next one's time has come
+    assert queued[5:] == [("copy", 6, 9), ("place", 3, 6), ("copy", 9, 10), ("place", 6, 9)]
+    arrival.queue_all()
+    arrival.queue_all()
+    assert queued[9:] == [("place", 9, 10)]
+    assert all(arrival._placed)  # each waits for its own copies
 
 
 def test_a_cpu_gets_the_loader_of_a_cpu(bench):

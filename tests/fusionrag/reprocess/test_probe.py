@@ -14,8 +14,7 @@ from fusionrag.layout import plan_candidates, stitch_
 from fusionrag.loading import CpuLoader
 from fusionrag.reprocess import probe
 from fusionrag.reprocess.probe import ScoreInputs, parse_layers
-from fusionrag.stitch import CaptureKV
-from fusionrag.store.codec import EncodedKV
+from fusionrag.stitch import CaptureKV, rotated
 from fusionrag.types import AttentionObserver, RowGroup
 
 
@@ -28,8 +27,8 @@ def lay(bench, *lengths, num_related=1, **reuse):
     span = engine.arena.allocate(plan.num_tokens + 5)
     names, prefix = engine.prefix(plan.prefix.token_ids)
     loader, candidates = CpuLoader(bench.model, bench.store), plan_candidates(names, plan, config)
-    stitched = stitch_(bench.model, loader, engine.arena, span, plan, candidates, EncodedKV.plain(prefix))
-    return ScoreInputs(bench.model, engine.arena, span, plan, stitched.chunk_of, stitched.candidates, config)
+    stitched = stitch_(bench.model, loader, engine.arena, span, plan, candidates, rotated(bench.model.rope, prefix))
+    return ScoreInputs(bench.model, engine.arena, span, plan, stitched.candidates, config)
 
 
 class Recorder(AttentionObserver):
