@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -24,7 +24,6 @@ from fusionrag.types import PromptPlan
 MATRIX_SIDE = {"cuda": 8192, "cpu": 1024}
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
 REPEATS = 10
-SUSTAINED_S = 0.15
 
 
 @dataclass(frozen=True)
@@ -34,12 +33,6 @@ class Ceilings:
     matrix_flops_per_s: float
     memory_bytes_per_s: float  # read plus written, of a copy within the device's memory
     link_bytes_per_s: float  # page-locked host memory to the device; on a CPU, memory itself
-    sustained_flops_per_s: float = 0.0  # of the same product over 150 ms: a GPU's power is limited; 0: not measured
-
-    @property
-    def sustained(self) -> Ceilings:
-        """The same with the rate of products that go on for as long as a request does."""
-        return replace(self, matrix_flops_per_s=self.sustained_flops_per_s or self.matrix_flops_per_s)
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
@@ -52,13 +45,10 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     if device.type == "cuda":
         host = source.cpu().pin_memory()
         link_s = _best_s(device, lambda: target.copy_(host, non_blocking=True))
-    product_s = _best_s(device, lambda: a @ b)
-    times = max(REPEATS, round(SUSTAINED_S / product_s))
     return Ceilings(
-        matrix_flops_per_s=2 * side**3 / product_s,
+        matrix_flops_per_s=2 * side**3 / _best_s(device, lambda: a @ b),
         memory_bytes_per_s=2 * num_bytes / copy_s,
         link_bytes_per_s=num_bytes / link_s,
-        sustained_flops_per_s=2 * side**3 / _mean_s(device, lambda: a @ b, times),
     )
 
 
@@ -116,17 +106,7 @@ def reuse_floor(
     return Floor(load_bytes / load_rate * 1e3, probe_s * 1e3, recompute_s * 1e3)
 
 
-def _mean_s(device: torch.device, work: Callable[[], object], times: int) -> float:
-    """Seconds of each of many runs, one behind the other."""
-
-    def all_of_them() -> None:
-        for _ in range(times):
-            work()
-
-    return _best_s(device, all_of_them, repeats=1) / times
-
-
-def _best_s(device: torch.device, work: Callable[[], object], repeats: int = REPEATS) -> float:
+def _best_s(device: torch.device, work: Callable[[], object]) -> float:
     """Seconds of the fastest of several runs: a ceiling is what can be reached, not what is usual."""
 
     def synchronize() -> None:
@@ -134,7 +114,7 @@ def _best_s(device: torch.device, work: Callable[[], object], repeats: int = REP
             torch.cuda.synchronize(device)
 
     times = []
-    for _ in range(repeats):
+    for _ in range(REPEATS):
         synchronize()
         begin = time.perf_counter()
         work()

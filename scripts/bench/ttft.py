@@ -4,8 +4,7 @@ TTFT runs from a ready prompt plan to the first sampled token: loading, re-posit
 and sampling included, retrieval and HTTP not. All methods take turns within each repetition, so that a noisy machine
 slows all of them alike; the ratio of medians of one run is the figure to quote, against the faster of full prefill here
 and stock transformers' (SDPA, with a KV cache, as its own `generate` would run it). The share of the floor is that of
-`scripts.bench.floor`, with the machine's ceilings measured in the same run; "sustained" is that of a floor with the
-matrix rate over 150 ms instead of the best of short runs.
+`scripts.bench.floor`, with the machine's ceilings measured in the same run.
 """
 
 from __future__ import annotations
@@ -212,8 +211,7 @@ class _Bench:
         stats = [m.stats for m in measured if m.stats is not None]
         depth = 1.0 if case.method == STOCK else parse_method(case.method, self._base).recompute_depth
         num_selected = stats[0].recomputed_tokens if stats else 0
-        floor = self._floor(tier, num_selected, depth, disk_rate, self._ceilings)
-        sustained = self._floor(tier, num_selected, depth, disk_rate, self._ceilings.sustained)
+        floor = self._floor(tier, num_selected, depth, disk_rate)
         phases = (
             {name: _median_of(asdict(s.phases)[name] for s in stats) for name in asdict(stats[0].phases)}
             if stats
@@ -229,19 +227,16 @@ class _Bench:
             "speedup_vs_full": round(full_ms / _median(measured), 2),
             "floor_ms": round(floor.ttft_ms, 2),
             "share_of_floor": round(floor.ttft_ms / _median(measured), 3),
-            "share_of_sustained_floor": round(sustained.ttft_ms / _median(measured), 3),
             "phases_ms": {name.removesuffix("_ms"): ms for name, ms in phases.items()},
             "kv_arrival_ms": _median_of(s.arrival_ms for s in stats) if stats else 0.0,
             "n": len(measured),
         }
 
-    def _floor(
-        self, tier: Tier | None, num_selected: int, depth: float, disk_rate: float | None, ceilings: Ceilings
-    ) -> Floor:
+    def _floor(self, tier: Tier | None, num_selected: int, depth: float, disk_rate: float | None) -> Floor:
         if tier is None:
-            return full_floor(self._model, self._plan, ceilings)
-        num_bytes, rate = tier.num_bytes(self._model, self._lengths), tier.rate(ceilings, disk_rate)
-        return reuse_floor(self._model, self._plan, num_selected, depth, num_bytes, rate, ceilings)
+            return full_floor(self._model, self._plan, self._ceilings)
+        num_bytes, rate = tier.num_bytes(self._model, self._lengths), tier.rate(self._ceilings, disk_rate)
+        return reuse_floor(self._model, self._plan, num_selected, depth, num_bytes, rate, self._ceilings)
 
 
 def _median(measured: Sequence[Measured]) -> float:
@@ -284,14 +279,14 @@ def _cases(args: argparse.Namespace) -> list[Case]:
 def _print(rows: Sequence[dict[str, Any]]) -> None:
     print(
         f"{'method':<24}{'tier':<11}{'tokens':>8}{'ratio':>7}{'way':>8}{'p50 ms':>10}{'p90 ms':>10}{'speed-up':>10}"
-        f"{'of floor':>10}{'sustained':>11}   phases (ms)"
+        f"{'of floor':>10}   phases (ms)"
     )
     for row in rows:
         shown = " ".join(f"{name} {ms:.1f}" for name, ms in row["phases_ms"].items() if ms >= 0.1)
         print(
             f"{row['method']:<24}{row['tier']:<11}{row['prompt_tokens']:>8}{row['recompute_ratio']:>7}{row['way']:>8}"
             f"{row['ttft_ms_p50']:>10.1f}{row['ttft_ms_p90']:>10.1f}{row['speedup_vs_full']:>9.2f}×"
-            f"{100 * row['share_of_floor']:>9.0f}%{100 * row['share_of_sustained_floor']:>10.0f}%   {shown}"
+            f"{100 * row['share_of_floor']:>9.0f}%   {shown}"
         )
 
 
