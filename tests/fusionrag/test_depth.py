@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fusionrag.attention import ForwardStep
 from fusionrag.config import ReuseConfig
 
 NUM_LAYERS = 3  # of the tests' models
@@ -54,3 +55,24 @@ def test_full_prefill_runs_all_layers(bench):
 )
 def test_a_share_of_the_layers_is_rounded_up(share, num_layers, expected):
     assert ReuseConfig(recompute_depth=share).recomputed_layers(num_layers) == expected
+
+
+@pytest.mark.parametrize("num_layers", range(1, NUM_LAYERS + 1))
+def test_what_comes_out_of_the_last_recomputed_layer_is_not_computed(num_layers, bench, monkeypatch):
+    chunks = bench.chunks(23, 40, 17)
+    bench.preprocess(chunks)
+    plan, attended = bench.plan(chunks), []
+    attend = ForwardStep.attend
+    monkeypatch.setattr(
+        ForwardStep,
+        "attend",
+        lambda step, layer, queries, *args: (
+            attended.append((layer, len(queries))) or attend(step, layer, queries, *args)
+        ),
+    )
+    asked = bench.request(plan, method="random", recompute_ratio=0.4, recompute_depth=num_layers / NUM_LAYERS)
+    prefilled = bench.engine().prefill(asked)
+    prefilled.release()
+    num_tail, num_selected = plan.tail.num_tokens, prefilled.stats.recomputed_tokens
+    expected = [num_selected + num_tail] * (num_layers - 1) + [num_tail] * (NUM_LAYERS - num_layers) + [1]
+    assert attended[-NUM_LAYERS:] == list(enumerate(expected))
