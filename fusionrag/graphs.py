@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -93,15 +92,6 @@ class Buffers:
         self.start = torch.zeros(1, dtype=torch.int64, device=device)
 
 
-@dataclass(frozen=True)
-class Staying:
-    """Where some rows leave: the layer, the rows that stay, (S,) int64, and their pass."""
-
-    layer: int
-    rows: torch.Tensor
-    own: RowPass
-
-
 class RowPass:
     """A pass over buffers: the groups' spans are as long as they can get, since plans are made for the longest."""
 
@@ -112,14 +102,14 @@ class RowPass:
         buffers: Buffers,
         span_length: int,
         observer: AttentionObserver | None = None,
-        staying: Staying | None = None,
+        exit: Exit | None = None,
     ) -> None:
         """One group of all rows where some leave or an observer looks on; else a group a row.
 
-        staying: those that go on where the others leave.
+        exit: where; the pass of those that stay is over buffers, too.
         """
         self._model, self._token_ids = model, buffers.token_ids
-        span, is_one = Span(0, span_length), observer is not None or staying is not None
+        span, is_one = Span(0, span_length), observer is not None or exit is not None
         rows = [slice(None)] if is_one else [slice(i, i + 1) for i in range(len(buffers.token_ids))]
         start = buffers.start if is_one else None
         groups = [
@@ -127,28 +117,23 @@ class RowPass:
             for r in rows
         ]
         self.step = ForwardStep(
-            tuple(groups), arena, buffers.positions, buffers.slots, *model.rope.tables(buffers.positions)
+            tuple(groups), arena, buffers.positions, buffers.slots, *model.rope.tables(buffers.positions), exit=exit
         )
-        self._staying = staying
-        if staying is not None:
-            self.step = replace(self.step, exit=Exit(staying.layer, staying.rows, staying.own.step))
         self._hidden: torch.Tensor | None = None
         self.logits: torch.Tensor | None = None
 
-    def update_tables(self) -> None:
+    def _update_tables(self, step: ForwardStep) -> None:
         """To the positions that now stand in the buffers, also of rows that are still to write where others leave."""
-        if self._staying is not None and self._staying.layer + 1 < self._model.shape.num_layers:
-            self._staying.own.update_tables()
-        for table, fresh in zip(
-            (self.step.cos, self.step.sin), self._model.rope.tables(self.step.positions), strict=True
-        ):
+        for table, fresh in zip((step.cos, step.sin), self._model.rope.tables(step.positions), strict=True):
             table.copy_(fresh)
+        if step.exit is not None and step.exit.layer + 1 < self._model.shape.num_layers:
+            self._update_tables(step.exit.step)
 
     def run_layers(self, layers: range) -> None:
         """The first of them embeds the tokens, the last gives the logits."""
         model, step = self._model, self.step
         if layers.start == 0:
-            self.update_tables()
+            self._update_tables(step)
             self._hidden = model.embed(self._token_ids)
         while step.exit is not None and layers.start > step.exit.layer:
             step = step.exit.step

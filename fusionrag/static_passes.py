@@ -19,8 +19,8 @@ from typing import TypeVar, cast
 import torch
 
 from fusionrag.arena import KVArena
-from fusionrag.attention import StopForward
-from fusionrag.graphs import UNUSED, Buffers, GraphPool, Replay, RowPass, Staying, why_not_captured
+from fusionrag.attention import Exit, StopForward
+from fusionrag.graphs import UNUSED, Buffers, GraphPool, Replay, RowPass, why_not_captured
 from fusionrag.kernels.row_plan import RequestRows, plan_rows
 from fusionrag.loading import layer_runs
 from fusionrag.model import LanguageModel
@@ -109,10 +109,10 @@ class _Pass:
         num_positions: int,
         observer: AttentionObserver | None,
         num_layers: int,
-        staying: Staying | None = None,
+        exit: Exit | None = None,
     ) -> None:
         self.buffers = buffers
-        self.rows = RowPass(model, arena, buffers, num_positions, observer, staying)
+        self.rows = RowPass(model, arena, buffers, num_positions, observer, exit)
         self._layers = layer_runs(num_layers)
         self.replay = Replay([partial(self._piece, layers) for layers in self._layers], pool)
 
@@ -194,14 +194,14 @@ class _Recompute(_Pass):
         self._last = Buffers(1, device)
         self._wanted = torch.zeros(1, dtype=torch.int64, device=device)
         num_layers, last = model.shape.num_layers, RowPass(model, arena, self._last, num_positions)
-        staying = Staying(num_layers - 1, self._wanted, last)
+        exit = Exit(num_layers - 1, self._wanted, last.step)
         self._stay = Buffers(num_staying, device)
         self._stay_rows = torch.zeros_like(self._stay.positions)
         self._from_0 = torch.arange(num_staying, device=device)
         if num_staying:
-            tail = RowPass(model, arena, self._stay, num_positions, staying=staying)
-            staying = Staying(leave_from, self._stay_rows, tail)
-        super().__init__(model, arena, pool, buffers, num_positions, self._correction, num_layers, staying)
+            tail = RowPass(model, arena, self._stay, num_positions, exit=exit)
+            exit = Exit(leave_from, self._stay_rows, tail.step)
+        super().__init__(model, arena, pool, buffers, num_positions, self._correction, num_layers, exit)
 
     def run_for(self, group: RowGroup) -> torch.Tensor:
         self._fill(group)

@@ -24,9 +24,9 @@ def place_(arena: KVArena, rope: Rope, span: Span, position: int, kv: ChunkKV) -
         arena.values[layer, :, slots] = kv.values[layer].to(arena.values.dtype)
 
 
-def rotated(rope: Rope, kv: ChunkKV, position: int = 0) -> ChunkKV:
-    """`kv` with its keys rotated to positions `[position, position + T)`, as an arena holds it."""
-    positions = torch.arange(position, position + kv.num_tokens, device=kv.keys.device)
+def rotated(rope: Rope, kv: ChunkKV) -> ChunkKV:
+    """`kv` with its keys rotated to positions `[0, T)`, as an arena holds what every prompt begins with."""
+    positions = torch.arange(kv.num_tokens, device=kv.keys.device)
     return ChunkKV(rope.rotate(kv.keys, *rope.tables(positions)), kv.values)
 
 

@@ -32,7 +32,7 @@ from fusionrag.types import ChunkKV
 CODECS = ("none", "float16", "int8", "int4")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-TENSOR_ALIGNMENT = 256  # bytes, on a device, of tensors that are copied one by one
+ALIGNMENT = 256  # bytes, on a device, of an object, and of its tensors where they are copied one by one
 WIDEST_LOAD = 16  # bytes, of a kernel: so much "kv" is aligned wherever it lies
 
 _INT8_MAX = 127
@@ -71,6 +71,7 @@ class TensorLayout:
 class Packing:
     """How an object lies in one run of bytes on a device: where each tensor begins, and the bytes of one of its layers.
 
+    num_bytes: room for it, a multiple of ALIGNMENT.
     as_on_host: the tensors follow each other without gaps, as in host memory, so that one copy brings several.
     """
 
@@ -105,19 +106,15 @@ class EncodedKV:
         return self.tensors["kv"].shape[3]
 
     @cached_property
-    def layout(self) -> tuple[TensorLayout, ...]:
-        return tuple(TensorLayout(name, t.dtype, tuple(t.shape)) for name, t in self.tensors.items())
-
-    @cached_property
     def packing(self) -> Packing:
         """How it lies on a device: as on the host where that leaves "kv" aligned for the kernel, else each aligned."""
         sizes = [t.nbytes for t in self.tensors.values()]
         as_on_host = self.packed is not None and (self.num_bytes - sizes[-1]) % WIDEST_LOAD == 0
         if not as_on_host:
-            sizes = [-(-size // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT for size in sizes]
-        *starts, num_bytes = accumulate(sizes, initial=0)
+            sizes = [_aligned(size) for size in sizes]
+        *starts, end = accumulate(sizes, initial=0)
         layer_bytes = {name: t.nbytes // t.shape[0] for name, t in self.tensors.items()}
-        return Packing(dict(zip(self.tensors, starts, strict=True)), layer_bytes, num_bytes, as_on_host)
+        return Packing(dict(zip(self.tensors, starts, strict=True)), layer_bytes, _aligned(end), as_on_host)
 
     @cached_property
     def bytes_of_layers(self) -> Mapping[str, torch.Tensor]:
@@ -148,6 +145,10 @@ class EncodedKV:
         if self.codec == "none":
             return self
         return EncodedKV.plain(self.kv)
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
 def dtype_named(name: str) -> torch.dtype:

@@ -20,8 +20,6 @@ from fusionrag.store.codec import EncodedKV, Packing
 from fusionrag.store.link import LayeredBytes
 from fusionrag.types import Span
 
-ALIGNMENT = 256  # bytes, of an object
-
 
 @dataclass(frozen=True, eq=False)
 class DeviceKV:
@@ -91,7 +89,7 @@ class DeviceTier:
         What finds no room here shares one buffer of its own, for as long as it is held. That is used again when nobody
         holds any of it: a request's KV is up to gigabytes, and getting those anew can take longer than the copy.
         """
-        sizes = [_aligned(payload.packing.num_bytes) for payload, _ in payloads]
+        sizes = [payload.packing.num_bytes for payload, _ in payloads]
         spans = [self._room(size) for size in sizes]
         overflow = sum(size for size, span in zip(sizes, spans, strict=True) if span is None)
         own, reserved, at = self._room_outside(overflow), [], 0
@@ -127,7 +125,3 @@ class DeviceTier:
                 return None
             self._kept.popitem(last=False)
         return span
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // ALIGNMENT) * ALIGNMENT

@@ -7,8 +7,8 @@ import gc
 import pytest
 import torch
 
-from fusionrag.store.codec import CODECS, EncodedKV, KVShape, layout
-from fusionrag.store.device import ALIGNMENT, DeviceTier
+from fusionrag.store.codec import ALIGNMENT, CODECS, EncodedKV, KVShape, layout
+from fusionrag.store.device import DeviceTier
 
 CPU = torch.device("cpu")
 SHAPE = KVShape(num_layers=3, num_kv_heads=2, num_tokens=5, head_dim=8)
