@@ -12,7 +12,7 @@ Knows nothing of chunks, requests or stored KV; what attends to what is the `For
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.nn.functional import linear, rms_norm
@@ -22,6 +22,7 @@ from fusionrag.kernels.add_norm import add_norm
 from fusionrag.kernels.one_row import linear_of_row, swiglu_of_row
 from fusionrag.kernels.swiglu import silu_mul
 
+Joined: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]  # weight and bias
 WINDOW_OF_ALL_LAYERS = ("mistral", "mixtral", "phi3")  # families whose configuration has one window for all layers
 
 
@@ -56,6 +57,7 @@ class DecoderLayer:
         self.scaling: float = self._attention.scaling
         self._is_swiglu = config.hidden_act == "silu" and hasattr(self._mlp, "gate_proj")
         self._is_swiglu_without_bias = self._is_swiglu and self._mlp.gate_proj.bias is None
+        self._gate_up = _joined_gate_up(self._mlp) if config.hidden_act == "silu" else None
 
     def project(self, stream: Stream) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """The stream's sum (R, hidden size), queries (R, H, D), keys and values (R, G, D), all before rotation."""
@@ -90,22 +92,41 @@ class DecoderLayer:
 
     def _run_mlp(self, normed: torch.Tensor) -> torch.Tensor:
         mlp = self._mlp
-        if self._is_swiglu:
-            found: torch.Tensor = mlp.down_proj(silu_mul(mlp.gate_proj(normed), mlp.up_proj(normed)))
+        if self._gate_up is not None:
+            gate, up = linear(normed, *self._gate_up).chunk(2, dim=-1)
+        elif self._is_swiglu:
+            gate, up = mlp.gate_proj(normed), mlp.up_proj(normed)
         else:
-            found = mlp(normed[None])[0]
+            found: torch.Tensor = mlp(normed[None])[0]
+            return found
+        found = mlp.down_proj(silu_mul(gate, up))
         return found
 
 
-def _joined_qkv(attention: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias that give queries, keys and values in one product.
-
-    Where the model has three, they become views of the joined one: no weight is held twice, and the model's own forward
-    still works.
-    """
+def _joined_qkv(attention: Any) -> Joined:
+    """What gives queries, keys and values in one product."""
     if hasattr(attention, "qkv_proj"):
         return attention.qkv_proj.weight, attention.qkv_proj.bias
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    return _join(attention.q_proj, attention.k_proj, attention.v_proj)
+
+
+def _joined_gate_up(mlp: Any) -> Joined | None:
+    """What gives a gated MLP's gate and up in one product; None where there is no such MLP, or where two are faster.
+
+    On an H100 one takes 2 to 10 % less time, most with few rows. On a CPU the two results would lie between each other,
+    which costs more than it saves.
+    """
+    if hasattr(mlp, "gate_up_proj"):
+        return mlp.gate_up_proj.weight, mlp.gate_up_proj.bias
+    is_faster = hasattr(mlp, "gate_proj") and mlp.gate_proj.weight.device.type == "cuda"
+    return _join(mlp.gate_proj, mlp.up_proj) if is_faster else None
+
+
+def _join(*projections: Any) -> Joined:
+    """Weight and bias of one product that stands for several of the same input.
+
+    Theirs become views of it: no weight is held twice, and the model's own forward still works.
+    """
     sizes = [p.weight.shape[0] for p in projections]
     joined: list[torch.Tensor | None] = []
     for name in ("weight", "bias"):

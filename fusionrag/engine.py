@@ -265,8 +265,7 @@ class Engine:
             if route.way is Way.PREFIX:
                 self._loader.read_ahead(candidates[1:])
                 candidates = candidates[:1]
-        live.upload()
-        stitched = stitch_(self.model, self._loader, self.arena, live.span, plan, candidates, prefix)
+        stitched = stitch_(self.model, self._loader, self.arena, live.span, plan, candidates, prefix, send=live.upload)
         live.note(load_ms=stitched.load_ms, reposition_ms=stitched.reposition_ms)
         live.stitched, live.arrival = stitched, stitched.arrival
         live.queue(stitched.missing, stitched.first_missing)

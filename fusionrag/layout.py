@@ -7,7 +7,7 @@ positions are reported as `missing` and computed in place.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise, zip_longest
@@ -134,11 +134,12 @@ def stitch_(
     plan: PromptPlan,
     candidates: Sequence[Sequence[KVSpec]],
     prefix: ChunkKV,
+    send: Callable[[], object],
 ) -> Stitched:
     """Finds what is stored for the plan's chunks and brings it, re-positioned, into the span.
 
     candidates: for each chunk the objects that may stand for it, best first; chunks behind the last are left missing.
-    prefix: rotated to where it stands in every prompt.
+    prefix: rotated to where it stands in every prompt. send: as in `Loader.place_`.
     """
     begin = time.perf_counter()
     pieces, receipts = list[Piece](), list[ChunkReceipt]()
@@ -155,7 +156,7 @@ def stitch_(
         if i > 0 or kind != "raw":  # raw KV right behind the prefix is exact: nothing to select or correct
             reused.append(segment)
     found_at = time.perf_counter()
-    arrival = loader.place_(arena, span, pieces)
+    arrival = loader.place_(arena, span, pieces, send)
     slots = slice(span.start, span.start + prefix.num_tokens)
     arena.keys[:, :, slots] = prefix.keys
     arena.values[:, :, slots] = prefix.values

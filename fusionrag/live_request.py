@@ -73,7 +73,9 @@ class LiveRequest:
         """Token ids and borders: what the device must be told, in one copy, ahead of those of stored KV."""
         room = torch.zeros(self.span.length - self.plan.num_tokens, dtype=torch.int64)
         borders = torch.tensor([s.start for s in self.plan.segments[1:]])
-        return to_device(torch.cat([*(_ids(s.token_ids) for s in self.plan.segments), room, borders]), self._device)
+        with torch.inference_mode(False):  # what is generated will be written into it, whoever has it sent
+            numbers = torch.cat([*(_ids(s.token_ids) for s in self.plan.segments), room, borders])
+            return to_device(numbers, self._device)
 
     def upload(self) -> None:
         """Sends the device now what it must be told; else that goes when it is first needed."""

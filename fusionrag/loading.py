@@ -25,7 +25,7 @@ from fusionrag.stitch import place_
 from fusionrag.store.base import KVStore, StoredHit
 from fusionrag.store.codec import EncodedKV
 from fusionrag.store.device import DeviceKV, DeviceTier
-from fusionrag.store.link import LayeredBytes, copy_layers
+from fusionrag.store.link import LayerCopies, LayeredBytes
 from fusionrag.types import KVArrival, KVSource, KVSpec, Span
 
 NUM_READERS = 8  # files read at the same time: one does not fill a drive
@@ -33,6 +33,10 @@ NUM_READERS = 8  # files read at the same time: one does not fill a drive
 # that ends at three quarters of 28 or of 32 layers, as the probe does, waits for no layer above.
 FIRST_RUNS, LAYERS_AT_ONCE = (1, 2), 3
 RUNS_IN_ADVANCE = 2  # queued before anything waits for them: the link is busy while the first pass is prepared
+
+
+def _nothing() -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,14 @@ class Loader(Protocol):
         """Has what lies on disk read into host memory, sometime, for those who come later."""
         ...
 
-    def place_(self, arena: KVArena, span: Span, pieces: Sequence[Piece]) -> KVArrival | None:
-        """Writes all pieces into the span. None: they are there; else what to wait for."""
+    def place_(
+        self, arena: KVArena, span: Span, pieces: Sequence[Piece], send: Callable[[], object] = _nothing
+    ) -> KVArrival | None:
+        """Writes all pieces into the span. None: they are there; else what to wait for.
+
+        send: has small things sent to the device, which are there for what is queued from now on: behind the first
+        layers' KV, so that the link is busy meanwhile, and in front of all other layers'.
+        """
         ...
 
 
@@ -142,7 +152,10 @@ class CpuLoader(_Finder):
         super().__init__(store)
         self._rope = model.rope
 
-    def place_(self, arena: KVArena, span: Span, pieces: Sequence[Piece]) -> None:
+    def place_(
+        self, arena: KVArena, span: Span, pieces: Sequence[Piece], send: Callable[[], object] = _nothing
+    ) -> None:
+        send()
         for piece in pieces:
             assert isinstance(piece.payload, EncodedKV)
             place_(arena, self._rope, span, piece.position, piece.payload.kv)
@@ -222,7 +235,9 @@ class GpuLoader(_Finder):
         resident = self._tier.get(spec.digest)
         return super()._held(spec) if resident is None else Found(spec, KVSource.DEVICE, resident)
 
-    def place_(self, arena: KVArena, span: Span, pieces: Sequence[Piece]) -> LayerArrival:
+    def place_(
+        self, arena: KVArena, span: Span, pieces: Sequence[Piece], send: Callable[[], object] = _nothing
+    ) -> LayerArrival:
         latest = None if self._latest is None else self._latest()
         if latest is not None:
             latest.queue_all()  # the tier already names as its own what is still to be copied
@@ -238,15 +253,16 @@ class GpuLoader(_Finder):
                     apart.append((kv, piece.payload))
                 else:
                     crossing.append(link)
-        with torch.cuda.stream(self._copies):  # tables in front of all copies: the link may not serve streams in turn
-            launches = [_Launch(self._model, arena, span, members) for members in _alike(placed)]
+        copies, launches = LayerCopies(crossing), list[_Launch]()
 
         def copy(layers: slice) -> torch.cuda.Event:
-            copy_layers(crossing, layers, self._copies.cuda_stream)
-            if apart:
-                with torch.cuda.stream(self._copies):
-                    for kv, payload in apart:
-                        kv.copy_layers_(payload, layers)
+            copies.queue(layers, self._copies.cuda_stream)
+            with torch.cuda.stream(self._copies):
+                for kv, payload in apart:
+                    kv.copy_layers_(payload, layers)
+                if layers.start == 0:  # on this stream: another one's copies would wait for the last layer
+                    launches.extend(_Launch(self._model, arena, span, members) for members in _alike(placed))
+                    send()
             return _recorded(self._copies)
 
         def place(layers: slice, copied: torch.cuda.Event) -> torch.cuda.Event:
@@ -257,6 +273,7 @@ class GpuLoader(_Finder):
             return _recorded(self._placing)
 
         arrival = LayerArrival(copy, place, self._model.shape.num_layers, begin)
+        arrival.wait(0)  # for what was sent; the first layer itself is needed next
         self._latest = weakref.ref(arrival)
         return arrival
 

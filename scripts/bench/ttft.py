@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from fusionrag.sampling import SamplingParams
 from fusionrag.types import PromptChunk, PromptPlan, RequestStats
 from index.types import chunk_id_of
 from scripts.assembly import result
+from scripts.bench.device_time import device_time
 from scripts.bench.floor import Ceilings, Floor, full_floor, measure_ceilings, reuse_floor
 from scripts.bench.random_model import random_model
 from scripts.bench.tiers import Tier, disk_bytes_per_s, forget_files, parse_tier
@@ -86,6 +88,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--router", action="store_true", help="time each method with the router's choice, too; 'way' says what it took"
     )
+    parser.add_argument(
+        "--device-time",
+        action="store_true",
+        help="also tell what the GPU does in one more run of each, by kind of work",
+    )
     parser.add_argument("--json", type=Path, help="write the result here as well")
     parser.add_argument("--plot", type=Path, help="write a PNG of the phases here")
     parser.add_argument("--config", type=Path, help=argparse.SUPPRESS)
@@ -95,6 +102,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     tiers, cases = [parse_tier(t) for t in args.tiers.split(",")], _cases(args)
     model, stock = _load(args)
+    if args.device_time and model.device.type != "cuda":
+        raise ConfigError("device_time", f"kernels can be told apart on a GPU, and the model is on the {model.device}")
     prompts = PromptBuilder(model.tokenizer, build(PromptConfig, args))
     ceilings = measure_ceilings(model.device, model.dtype)
     rows: list[dict[str, Any]] = []
@@ -154,16 +163,23 @@ class _Bench:
 
     def run(self, tiers: Sequence[Tier], cases: Sequence[Case]) -> list[dict[str, Any]]:
         times: dict[Case, list[Measured]] = {}
+        device_times: dict[Case, list[dict[str, float]]] = {}
         for tier in tiers:
             engine = self._prepared(tier)
             own = [replace(c, tier=tier.name) for c in cases]
             if tier is tiers[0]:  # what does not look at the store is timed once
                 own = [Case("full", 1.0), *([Case(STOCK, 1.0)] if self._stock else []), *own]
             times |= self._measure(engine, tier, own)
+            if self._args.device_time:
+                device_times |= {case: device_time(partial(self._once, engine, case)) for case in own}
         full_ms = min(_median(times[c]) for c in times if c.method in ("full", STOCK))
         rate = disk_bytes_per_s(self._folder) if any(t.place == "disk" for t in tiers) else None
         by_name = {t.name: t for t in tiers}
-        return [self._row(case, by_name.get(case.tier), measured, full_ms, rate) for case, measured in times.items()]
+        return [
+            self._row(case, by_name.get(case.tier), measured, full_ms, rate)
+            | ({"device_time_ms": device_times[case]} if case in device_times else {})
+            for case, measured in times.items()
+        ]
 
     def _prepared(self, tier: Tier) -> Engine:
         """An engine whose store holds every chunk's KV."""
@@ -288,6 +304,10 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
             f"{row['ttft_ms_p50']:>10.1f}{row['ttft_ms_p90']:>10.1f}{row['speedup_vs_full']:>9.2f}×"
             f"{100 * row['share_of_floor']:>9.0f}%   {shown}"
         )
+    for row in rows:
+        for part, elapsed in zip(("until scored", "then"), row.get("device_time_ms", []), strict=False):
+            kinds = ", ".join(f"{kind} {ms:.1f}" for kind, ms in elapsed.items())
+            print(f"GPU, {row['method']} {row['recompute_ratio']} {row['tier']}, {part}: {kinds}")
 
 
 def plot_phases(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -182,9 +182,11 @@ def test_kv_that_was_used_stays_on_the_device_and_is_told_to_be_there(make_hf, m
     loader, candidates = GpuLoader(model, store, 1 << 20), [(bench.spec(c),) for c in chunks]
     arena = model.new_arena(64)
     span = arena.allocate(40)
+    sent = []
     for source in (KVSource.HOST, KVSource.DEVICE):
         assert loader.locate(candidates) == [source] * 2
         found = list(loader.find(candidates))
         assert [f.source for f in found] == [source] * 2
         pieces = [Piece(p, f.payload, f.spec.digest) for p, f in zip((0, 5), found, strict=True)]
-        loader.place_(arena, span, pieces).wait_for_all()
+        loader.place_(arena, span, pieces, send=lambda: sent.append(torch.cuda.current_stream())).wait_for_all()
+    assert len(sent) == 2 and torch.cuda.current_stream() not in sent  # on the stream of the copies

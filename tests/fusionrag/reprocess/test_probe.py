@@ -27,7 +27,8 @@ def lay(bench, *lengths, num_related=1, **reuse):
     span = engine.arena.allocate(plan.num_tokens + 5)
     names, prefix = engine.prefix(plan.prefix.token_ids)
     loader, candidates = CpuLoader(bench.model, bench.store), plan_candidates(names, plan, config)
-    stitched = stitch_(bench.model, loader, engine.arena, span, plan, candidates, rotated(bench.model.rope, prefix))
+    prefix = rotated(bench.model.rope, prefix)
+    stitched = stitch_(bench.model, loader, engine.arena, span, plan, candidates, prefix, send=lambda: None)
     return ScoreInputs(bench.model, engine.arena, span, plan, stitched.candidates, config)
 
 
