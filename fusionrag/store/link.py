@@ -62,7 +62,7 @@ class _Driver:
     def __init__(self, library: Any) -> None:
         self._one = library.cuMemcpyHtoDAsync_v2
         self._one.argtypes = (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p)
-        self._many = getattr(library, "cuMemcpyBatchAsync", None)
+        self._many: Any = getattr(library, "cuMemcpyBatchAsync", None)  # None: an older driver
 
     def copy(self, targets: np.ndarray, sources: np.ndarray, sizes: np.ndarray, stream: int) -> None:
         """All (n,) uint64."""

@@ -52,7 +52,7 @@ def _profiled(work: Callable[[], object]) -> list[DeviceEvent]:
     return [
         DeviceEvent(e.name, (e.time_range.start - begin) / 1e3, (e.time_range.end - begin) / 1e3)
         for e in found
-        if e.device_type == torch.autograd.DeviceType.CUDA and e.name != "request"
+        if e.device_type.name == "CUDA" and e.name != "request"
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -96,8 +97,11 @@ def test_serving_in_this_process_ends_with_the_server(rag: EchoRag, capsys, capl
     with listen(ServerConfig(port=0)) as listener:
         port = listener.getsockname()[1]
 
+    set_aside = list[int]()
+
     def interrupt_when_ready() -> None:
         eventually(lambda: is_ready(f"http://127.0.0.1:{port}"))
+        set_aside.append(gc.get_freeze_count())
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt_when_ready)
@@ -106,6 +110,7 @@ def test_serving_in_this_process_ends_with_the_server(rag: EchoRag, capsys, capl
     thread.join(5)
     assert capsys.readouterr().out == f"FusionRAG serves {MODEL} on http://0.0.0.0:{port}\n"
     assert "no api_key is set" in caplog.text
+    assert set_aside[0] > 10_000 and gc.get_freeze_count() < set_aside[0], "the start is not looked through again"
 
 
 def test_a_port_in_use_and_a_strange_host_are_named() -> None:
