@@ -305,9 +305,10 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
             f"{100 * row['share_of_floor']:>9.0f}%   {shown}"
         )
     for row in rows:
-        for part, elapsed in zip(("until scored", "then"), row.get("device_time_ms", []), strict=False):
-            kinds = ", ".join(f"{kind} {ms:.1f}" for kind, ms in elapsed.items())
-            print(f"GPU, {row['method']} {row['recompute_ratio']} {row['tier']}, {part}: {kinds}")
+        elapsed = row.get("device_time_ms", [])
+        for part, kinds in zip((", until scored", ", then") if len(elapsed) == 2 else ("",), elapsed, strict=False):
+            shown = ", ".join(f"{kind} {ms:.1f}" for kind, ms in kinds.items())
+            print(f"GPU (ms), {row['method']} {row['recompute_ratio']} {row['tier']}{part}: {shown}")
 
 
 def plot_phases(rows: Sequence[dict[str, Any]], path: Path) -> None:
