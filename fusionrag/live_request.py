@@ -70,7 +70,7 @@ class LiveRequest:
 
     @cached_property
     def _numbers(self) -> torch.Tensor:
-        """Token ids and borders: what the device must be told, in one copy, ahead of those of stored KV."""
+        """Token ids and borders: what the device must be told, in one copy, in front of most of stored KV."""
         room = torch.zeros(self.span.length - self.plan.num_tokens, dtype=torch.int64)
         borders = torch.tensor([s.start for s in self.plan.segments[1:]])
         with torch.inference_mode(False):  # what is generated will be written into it, whoever has it sent

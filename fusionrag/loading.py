@@ -35,10 +35,6 @@ FIRST_RUNS, LAYERS_AT_ONCE = (1, 2), 3
 RUNS_IN_ADVANCE = 2  # queued before anything waits for them: the link is busy while the first pass is prepared
 
 
-def _nothing() -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class Found:
     """Stored KV that may stand for a chunk, and where it was."""
@@ -73,7 +69,7 @@ class Loader(Protocol):
         ...
 
     def place_(
-        self, arena: KVArena, span: Span, pieces: Sequence[Piece], send: Callable[[], object] = _nothing
+        self, arena: KVArena, span: Span, pieces: Sequence[Piece], send: Callable[[], object]
     ) -> KVArrival | None:
         """Writes all pieces into the span. None: they are there; else what to wait for.
 
@@ -152,9 +148,7 @@ class CpuLoader(_Finder):
         super().__init__(store)
         self._rope = model.rope
 
-    def place_(
-        self, arena: KVArena, span: Span, pieces: Sequence[Piece], send: Callable[[], object] = _nothing
-    ) -> None:
+    def place_(self, arena: KVArena, span: Span, pieces: Sequence[Piece], send: Callable[[], object]) -> None:
         send()
         for piece in pieces:
             assert isinstance(piece.payload, EncodedKV)
@@ -235,9 +229,7 @@ class GpuLoader(_Finder):
         resident = self._tier.get(spec.digest)
         return super()._held(spec) if resident is None else Found(spec, KVSource.DEVICE, resident)
 
-    def place_(
-        self, arena: KVArena, span: Span, pieces: Sequence[Piece], send: Callable[[], object] = _nothing
-    ) -> LayerArrival:
+    def place_(self, arena: KVArena, span: Span, pieces: Sequence[Piece], send: Callable[[], object]) -> LayerArrival:
         latest = None if self._latest is None else self._latest()
         if latest is not None:
             latest.queue_all()  # the tier already names as its own what is still to be copied

@@ -78,6 +78,7 @@ class LanguageModel:
         self.max_model_len = min(max_model_len or limit, limit)
         self.shape = shape_of(config)
         self._hf, self._decoder, self._head = hf.eval(), Decoder(decoder, config), hf.get_output_embeddings()
+        torch.cuda.empty_cache()  # what joined weights have left behind, gigabytes that others than torch cannot use
         self.dtype: torch.dtype = self._head.weight.dtype
         self.device: torch.device = self._head.weight.device
         s = self.shape

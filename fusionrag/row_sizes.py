@@ -1,7 +1,7 @@
 """How many rows a pass of fixed size should have: the size, not much larger than what is asked for, that is fastest.
 
 The matrix library chooses a kernel by the shape, and its choices are uneven: of Qwen2.5-7B's products on an H100, 1,216
-rows take 14 % longer than 1,232 (docs/performance.md). So a layer's products are timed once at every size. Knows
+rows took 14 % longer than 1,232 (docs/performance.md). So a layer's products are timed once at every size. Knows
 nothing of requests.
 """
 

@@ -106,6 +106,7 @@ def padded(n: int, at_least: int = 16) -> int:
 def to_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A small host tensor on its way to `device`; nobody waits.
 
-    Not while stored KV is crossing the link: what serves copies goes on with one stream as long as that has more.
+    Not while stored KV is crossing the link on another stream: what serves copies goes on with one stream as long as
+    that has more.
     """
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table

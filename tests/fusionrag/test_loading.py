@@ -133,7 +133,7 @@ def test_pieces_are_in_the_span_when_place_returns(bench, chunks):
     kvs = [bench.garbage(c, seed=i) for i, c in enumerate(chunks)]
     starts = [3, 8, 17, 21]
     pieces = [Piece(start, EncodedKV.plain(kv)) for start, kv in zip(starts, kvs, strict=True)]
-    assert loader.place_(arena, span, pieces) is None
+    assert loader.place_(arena, span, pieces, send=lambda: None) is None
     for start, kv in zip(starts, kvs, strict=True):
         slots = slice(span.start + start, span.start + start + kv.num_tokens)
         positions = torch.arange(start, start + kv.num_tokens)

@@ -7,6 +7,7 @@ import logging
 
 import numpy as np
 import pytest
+import torch
 
 from fusionrag.store import link
 from fusionrag.store.link import LayerCopies, LayeredBytes
@@ -17,7 +18,10 @@ NOT_SUPPORTED = 801
 
 
 class FakeLibrary:
-    """A driver whose device is host memory. errors: what its two functions return; 0: they copy."""
+    """A driver whose device is host memory. many, one: what its two functions return; 0: they copy.
+
+    many is None for an older driver, which has no such function.
+    """
 
     def __init__(self, many: int | None = 0, one: int = 0) -> None:
         self.calls: list[str] = []
@@ -109,10 +113,8 @@ def test_no_objects_are_no_call(use):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_bytes_cross_to_a_gpu_from_locked_and_from_ordinary_memory():
-    torch = pytest.importorskip("torch")
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     stream = torch.cuda.Stream()
     for is_locked in (True, False):
         source = torch.randint(0, 255, (3, 100_003), dtype=torch.uint8)
@@ -124,5 +126,5 @@ def test_bytes_cross_to_a_gpu_from_locked_and_from_ordinary_memory():
         for layers in (slice(0, 4), slice(4, 10)):
             copies.queue(layers, stream.cuda_stream)
         stream.synchronize()
-        assert torch.equal(target.cpu()[:, :100_003], source)
+        assert torch.equal(target.cpu(), source)
     assert link._driver()._many is not None or not hasattr(ctypes.CDLL("libcuda.so.1"), "cuMemcpyBatchAsync")
